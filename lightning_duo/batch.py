@@ -1,0 +1,253 @@
+"""From a user's batch and module to inputs, targets and the base's logits."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+INPUT_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
+TARGET_KEYS = ("label", "labels", "y", "target", "targets")
+
+BatchFn = Callable[[Any], tuple[Any, Tensor]]
+LogitsFn = Callable[[nn.Module, Any], Tensor]
+
+
+def read_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Split a batch into inputs and targets.
+
+    Args:
+        batch: ``(inputs, targets, ...)``, or a mapping with one of `INPUT_KEYS` and one of
+            `TARGET_KEYS`.
+
+    Returns:
+        Inputs as the base's forward takes them, and the targets.
+
+    Raises:
+        ValueError: If the batch has another form.
+
+    Example:
+        >>> import torch
+        >>> _, targets = read_batch({"image": torch.zeros(2, 3, 8, 8), "label": torch.ones(2)})
+        >>> targets
+        tensor([1., 1.])
+    """
+    if isinstance(batch, Mapping):
+        inputs = next((batch[key] for key in INPUT_KEYS if key in batch), None)
+        targets = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+        seen = f"a mapping with the keys {sorted(map(str, batch))}"
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        inputs, targets = batch[:2] if len(batch) >= 2 else (None, None)
+        seen = f"a {type(batch).__name__} of {[_describe(part) for part in batch]}"
+    else:
+        inputs, targets, seen = None, None, _describe(batch)
+    if inputs is None or not isinstance(targets, Tensor):
+        raise ValueError(
+            f"DuoCallback cannot find inputs and targets in the batch: expected (inputs, targets) "
+            f"or a mapping with one of {INPUT_KEYS} and one of {TARGET_KEYS}, got {seen}; pass "
+            "DuoCallback(..., batch_fn=lambda batch: (inputs, targets))"
+        )
+    return inputs, targets
+
+
+def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> Tensor:
+    """Return the targets as int64 class indices of shape (N,), or say why they are none.
+
+    Args:
+        targets: True classes, shape (N,), an integer dtype.
+        num_classes: K.
+        values: Whether to look at the values too.
+
+    Raises:
+        ValueError: If they are soft, one-hot, multi-label, or outside 0..K-1.
+    """
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"a duo needs one class index per sample: targets of shape (N,) and an integer dtype, "
+            f"got {targets.dtype} of shape {tuple(targets.shape)}; soft, one-hot and multi-label "
+            "targets are not supported, pass DuoCallback(..., batch_fn=...) to return class indices"
+        )
+    if values and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
+        raise ValueError(
+            f"targets must be in 0..{num_classes - 1} for {num_classes} classes, got "
+            f"{int(targets.min())}..{int(targets.max())}"
+        )
+    return targets.long()
+
+
+def as_logits(output: Any) -> Tensor | None:
+    """Find (N, K) logits in what a forward or a step returned; None if there are none.
+
+    Args:
+        output: A tensor, a mapping with the key ``logits`` or an object with that attribute.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    is_logits = isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point()
+    return output if is_logits else None
+
+
+def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return finite base logits, detached, or raise ValueError.
+
+    Args:
+        logits: Logits of the base, shape (N, K).
+        targets: Targets of the same batch, shape (N,).
+    """
+    if logits.ndim != 2 or len(logits) != len(targets):
+        raise ValueError(
+            f"the base must give logits of shape ({len(targets)}, K) for a batch of {len(targets)} "
+            f"targets, got {tuple(logits.shape)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            "the base gives a single logit per sample; a duo needs K >= 2 class logits "
+            "(for two classes, give the base two outputs)"
+        )
+    return logits.detach()
+
+
+class BaseLogits:
+    """The base's logits of a batch, at no second forward where that can be avoided.
+
+    In this order: the user's ``logits_fn``; logits in what the step returned; what the module's
+    forward returned during the step; else one extra forward, announced once.
+
+    Args:
+        logits_fn: ``(module, inputs) -> logits (N, K)``, or None.
+    """
+
+    def __init__(self, logits_fn: LogitsFn | None) -> None:
+        self.logits_fn = logits_fn
+        self._seen: list[tuple[Any, Tensor]] = []
+        self._handle: RemovableHandle | None = None
+        self._announced = self._doubted = False
+
+    def watch(self, module: nn.Module) -> None:
+        """Record what the module's forward returns from now on, until `unwatch`."""
+        if self.logits_fn is None and self._handle is None:
+            self._handle = module.register_forward_hook(self._record)
+
+    def unwatch(self) -> None:
+        """Stop recording and forget what was recorded."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self._seen.clear()
+
+    def _record(self, _module: Any, args: tuple[Any, ...], output: Any) -> None:
+        logits = as_logits(output)
+        if logits is not None:
+            self._seen.append((args[0] if args else None, logits.detach()))
+
+    def of(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> Tensor:
+        """Logits (N, K) of the batch whose step just returned ``outputs``.
+
+        Args:
+            module: The base.
+            outputs: What its training, validation or test step returned.
+            inputs: Inputs of the batch.
+            targets: Targets of the batch, shape (N,).
+
+        Raises:
+            ValueError: If no logits can be found or their shape does not fit the targets.
+        """
+        seen, self._seen = self._seen, []
+        if self.logits_fn is not None:
+            with evaluating(module):
+                return self._checked(self.logits_fn(module, inputs), targets)
+        logits = as_logits(outputs)
+        if logits is None or len(logits) != len(targets):
+            logits = self._from_forward(seen, inputs, targets)
+        if logits is None:
+            logits = self._extra_forward(module, inputs)
+        return self._checked(logits, targets)
+
+    def _checked(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = check_logits(logits, targets)
+        if not self._doubted and len(logits) and bool((logits >= 0).all()):
+            if bool((logits.float().sum(1) - 1).abs().max() < 1e-3):
+                rank_zero_warn(
+                    "DuoCallback: the base seems to give probabilities (non-negative rows that sum "
+                    "to 1) where logits belong; give it logits, or pass DuoCallback(..., "
+                    "logits_fn=...), or the temperatures will mean little"
+                )
+            self._doubted = True
+        return logits
+
+    def _from_forward(
+        self, seen: list[tuple[Any, Tensor]], inputs: Any, targets: Tensor
+    ) -> Tensor | None:
+        fitting = [(x, logits) for x, logits in seen if len(logits) == len(targets)]
+        same_input = [logits for x, logits in fitting if x is inputs]
+        candidates = same_input or [logits for _, logits in fitting]
+        if len(candidates) > 1:
+            raise ValueError(
+                f"the step called the module's forward {len(candidates)} times and each gave "
+                f"logits for {len(targets)} samples, so it is unclear which are the prediction; "
+                'return {"logits": ...} from the step or pass '
+                "DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+            )
+        return candidates[0] if candidates else None
+
+    def _extra_forward(self, module: nn.Module, inputs: Any) -> Tensor:
+        if not self._announced:
+            rank_zero_info(
+                "DuoCallback: the step neither returns logits nor calls the module, so the base "
+                'runs once more per batch to get them; return {"logits": ...} to avoid that'
+            )
+            self._announced = True
+        with evaluating(module):
+            return call_base(module, inputs)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the user's class defines a forward (`LightningModule` only inherits an empty one)."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return owner is not nn.Module and not owner.__module__.startswith("lightning.")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None, None, None]:
+    """Eval mode without gradients; every submodule gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def call_base(module: nn.Module, inputs: Any) -> Tensor:
+    """Run the module's own forward and return its logits (N, K).
+
+    Raises:
+        ValueError: If it has no forward, or one that gives no logits.
+    """
+    if not has_forward(module):
+        raise ValueError(
+            f"{type(module).__name__} has no forward, so its logits cannot be computed; define "
+            "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+        )
+    output = module(inputs)
+    logits = as_logits(output)
+    if logits is None:
+        raise ValueError(
+            f"the forward of {type(module).__name__} must give floating-point logits (N, K), or a "
+            f"mapping or object with them under 'logits', got {_describe(output)}; pass "
+            "DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+        )
+    return logits
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor {tuple(value.shape)}"
+    return type(value).__name__

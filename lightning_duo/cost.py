@@ -1,0 +1,73 @@
+"""What a duo costs: floating-point operations of its two models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_duo.batch import evaluating
+
+
+def count_flops(
+    module: nn.Module, example_input: Any, forward: Callable[..., Any] | None = None
+) -> int:
+    """Floating-point operations of one forward in eval mode; a multiply-add counts two.
+
+    Counted by PyTorch as the operations run. Fused attention hides its products from the counter
+    (ViT-B would lose a third), so attention runs unfused here.
+
+    Args:
+        module: The model.
+        example_input: Its input; cost grows with the batch, so use a batch of one.
+        forward: How to run the module, ``(module, example_input)``; by default it is called.
+
+    Returns:
+        Operations of convolutions and matrix products; elementwise work is not counted.
+
+    Example:
+        >>> import torch
+        >>> count_flops(torch.nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
+        100
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            evaluating(module),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            forward(module, example_input) if forward else module(example_input)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops()
+
+
+def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> float:
+    """FLOPs of the sidekick over those of the base: the extra compute of the duo.
+
+    Args:
+        base: The base, called on ``example_input``.
+        sidekick: The sidekick, called on the same input.
+        example_input: An input of the base, a batch of one.
+
+    Returns:
+        The balance; 0.1 means that the duo costs 10 % more than the base.
+
+    Raises:
+        ValueError: If the base does no countable operation.
+
+    Example:
+        >>> import torch
+        >>> flops_balance(torch.nn.Linear(8, 80), torch.nn.Linear(8, 8), torch.zeros(1, 8))
+        0.1
+
+    Source: Asymmetric Duos, Sec. 3.2.
+    """
+    operations = count_flops(base, example_input)
+    if not operations:
+        raise ValueError("the base does no convolution or matrix product, so there is no balance")
+    return count_flops(sidekick, example_input) / operations

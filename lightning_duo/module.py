@@ -1,0 +1,180 @@
+"""The deployable pair: both models, two temperatures, one head."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from lightning_duo.batch import as_logits
+from lightning_duo.temperature import UNWEIGHTED
+from lightning_duo_kernels import duo_head
+
+Mode = Literal["weighted", "unweighted", "uq_only"]
+
+
+class DuoOutput(NamedTuple):
+    """What a duo says of each sample."""
+
+    probs: Tensor
+    """Class probabilities, shape (N, K), float32."""
+    prediction: Tensor
+    """Predicted class, shape (N,), int64."""
+    confidence: Tensor
+    """Probability of the prediction, shape (N,), float32."""
+    accept: Tensor
+    """Whether the confidence reaches the threshold, shape (N,), bool."""
+
+
+class DuoModule(nn.Module):
+    """A base and a sidekick that predict together.
+
+    Both see the same input ``x``; put what the sidekick needs (another resolution, say) in front
+    of it, as in ``nn.Sequential(Resize(96), model)``. The temperatures (2,) and the threshold
+    are float32 buffers, which stay float32 when the module is converted to half precision.
+
+    Args:
+        base: Maps ``x`` to logits (N, K), or to an object or mapping with ``logits``.
+        sidekick: The same, for the same classes.
+        temperatures: Non-negative multipliers (base, sidekick), from `fit_temperatures`.
+        mode: ``weighted``; ``unweighted``, with both temperatures 0.5 whatever is given; or
+            ``uq_only``, where the base predicts and the duo says how sure that is.
+        threshold: Lowest confidence to accept, in [0, 1].
+
+    Raises:
+        ValueError: If temperatures are negative or not finite, the mode is unknown, or the
+            threshold is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> duo = DuoModule(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), (1.0, 0.5))
+        >>> duo(torch.randn(2, 4)).probs.shape
+        torch.Size([2, 3])
+
+    Source: Asymmetric Duos, Sec. 3.1.
+    """
+
+    temperatures: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        sidekick: nn.Module,
+        temperatures: Sequence[float],
+        *,
+        mode: Mode = "weighted",
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
+        weights = torch.as_tensor(
+            UNWEIGHTED if mode == "unweighted" else temperatures, dtype=torch.float32
+        ).clone()
+        if weights.shape != (2,) or not (weights.isfinite() & (weights >= 0)).all():
+            raise ValueError(
+                "temperatures must be two finite numbers (base, sidekick), each at least 0, got "
+                f"{temperatures}"
+            )
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be a confidence in [0, 1], got {threshold}")
+        self.base, self.sidekick, self.mode = base, sidekick, mode
+        self.register_buffer("temperatures", weights)
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
+
+    @override
+    def forward(self, x: Any) -> DuoOutput:
+        """Predict; ``x`` is what the base's forward takes."""
+        base, sidekick = self.member_logits(x)
+        head = duo_head(base, sidekick, self.temperatures, uq_only=self.mode == "uq_only")
+        assert head.probs is not None
+        return DuoOutput(
+            head.probs, head.prediction, head.confidence, head.confidence >= self.threshold
+        )
+
+    def logits(self, x: Any) -> Tensor:
+        """Weighted sum of both models' logits, shape (N, K), float32."""
+        base, sidekick = self.member_logits(x)
+        return self.temperatures[0] * base.float() + self.temperatures[1] * sidekick.float()
+
+    def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Logits of base and sidekick, each (N, K), of one dtype.
+
+        Raises:
+            ValueError: If either gives no logits, or their shapes differ.
+        """
+        base, sidekick = as_logits(self.base(x)), as_logits(self.sidekick(x))
+        if base is None or sidekick is None:
+            raise ValueError(
+                f"the {'base' if base is None else 'sidekick'} of a DuoModule must return "
+                "floating-point logits (N, K), or an object or mapping with them under 'logits'"
+            )
+        if base.shape != sidekick.shape:
+            raise ValueError(
+                f"base and sidekick must give logits of one shape, got {tuple(base.shape)} and "
+                f"{tuple(sidekick.shape)}; give both the same number of classes"
+            )
+        if base.dtype != sidekick.dtype:
+            base, sidekick = base.float(), sidekick.float()
+        return base, sidekick
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.half()` and friends must not round two numbers that scale every logit.
+        exact = {name: self._buffers[name] for name in ("temperatures", "threshold")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, temperatures, threshold and mode to one safetensors file.
+
+        The file appears whole or not at all.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_model(self, str(partial), metadata={"format": "lightning_duo/1", "mode": self.mode})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, base: nn.Module, sidekick: nn.Module) -> Self:
+        """Read a saved duo into modules of the same architecture.
+
+        Args:
+            path: What `save` wrote.
+            base: A base of the saved architecture; its weights are overwritten.
+            sidekick: A sidekick of the saved architecture, with what stood in front of it.
+
+        Returns:
+            The duo, in eval mode, on the device of its modules.
+
+        Raises:
+            ValueError: If the file is no saved duo, or does not fit the modules.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != "lightning_duo/1":
+            raise ValueError(f"{path} is not a duo saved by DuoModule.save (no such metadata)")
+        mode = metadata["mode"]
+        assert mode in get_args(Mode)
+        duo = cls(base, sidekick, (1.0, 0.0), mode=mode)  # type: ignore[arg-type]
+        try:
+            load_model(duo, str(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the duo in {path} does not fit these modules; build base and sidekick as they "
+                f"were when it was saved: {error}"
+            ) from error
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        duo.temperatures, duo.threshold = duo.temperatures.to(device), duo.threshold.to(device)
+        return duo.eval()

@@ -1,0 +1,405 @@
+"""The two temperatures of a duo, fitted exactly: a convex problem in two non-negative numbers."""
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 17  # logits of one model worked on at a time: 1 MiB in float64
+MAX_PASSES = 12
+TOLERANCE = 1e-12  # stop when a full Newton step promises to gain less NLL than this
+RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
+TINY = 1e-30
+ROUNDING = 1e-12  # relative; two sums that differ by less are equal
+STEP_LENGTHS = (8.0, 2.0, 1.0, 0.5, 0.25, 0.0625)  # in Newton steps; tried in one pass
+
+
+class Temperatures(NamedTuple):
+    """Non-negative multipliers of the two models' logits.
+
+    They MULTIPLY (paper, Sec. 3.1). Ordinary temperature scaling divides, so its temperature is
+    the inverse of the one here.
+    """
+
+    base: float
+    sidekick: float
+
+
+Status: TypeAlias = Literal["converged", "separable", "pass_limit"]
+UNWEIGHTED = Temperatures(0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """Temperatures that minimise the negative log-likelihood, and what they reach."""
+
+    temperatures: Temperatures
+    """Optimum of the duo."""
+    nll: float
+    """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``."""
+    scaled_base: Temperatures
+    """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
+    nll_base: float
+    """NLL of the base at ``scaled_base``."""
+    scaled_sidekick: Temperatures
+    """Optimum of the sidekick alone, ``(0, t)``."""
+    nll_sidekick: float
+    """NLL of the sidekick at ``scaled_sidekick``."""
+    status: Status
+    """``converged``: the optimum. ``separable``: every sample can be made as sure as one likes, so
+    no finite optimum exists; the temperatures are finite and reach an NLL that rounds to 0.
+    ``pass_limit``: stopped after 12 passes with the best temperatures seen."""
+    passes: int
+    """Times the logits were read to fit; all three optima are found in the same passes."""
+
+
+def fit_temperatures(
+    base_logits: Tensor,
+    sidekick_logits: Tensor,
+    targets: Tensor,
+    *,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> TemperatureFit:
+    """Fit the duo's two temperatures by exact minimisation of the negative log-likelihood.
+
+    NLL is convex in the temperatures because the duo's logits are linear in them, so Newton's
+    method on the quadrant ``T >= 0`` finds the optimum. A useless or harmful sidekick gets
+    temperature 0, two equal models share the weight, a model with constant logits gets 0. Rows may
+    mask classes with ``-inf`` if both models mask the same ones. Sums are accumulated in float64
+    over chunks, so the extra memory is a few MiB whatever the number of samples.
+
+    Args:
+        base_logits: Logits of the base, shape (N, K), any floating dtype.
+        sidekick_logits: Logits of the sidekick, shape (N, K), any floating dtype, same device.
+        targets: True classes, shape (N,), an integer dtype, values in [0, K).
+        reduce: Sums a float64 tensor over all processes. With it every process passes its own
+            samples (possibly none) and all get the same temperatures. Only sums are exchanged.
+
+    Returns:
+        The fit; its temperatures are dimensionless multipliers.
+
+    Raises:
+        ValueError: If shapes, dtypes or targets do not fit, logits are NaN or infinite, the two
+            models mask different classes, a target is masked, or there is no sample at all.
+
+    Example:
+        >>> import torch
+        >>> base = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+        >>> fit = fit_temperatures(base, base, torch.tensor([0, 0, 1, 1]))
+        >>> fit.temperatures.base == fit.temperatures.sidekick > 0
+        True
+
+    Source: Asymmetric Duos, Sec. 3.1, "Tuning the temperatures".
+    """
+    reduce = reduce or (lambda sums: sums)
+    _check_shapes(base_logits, sidekick_logits, targets)
+    count, masked = _check_values(base_logits, sidekick_logits, targets, reduce)
+    data = _Data(base_logits, sidekick_logits, targets, count, masked, reduce)
+    sample = data.sample()
+    # Most of the way is found on a few rows; all of them are then read two or three times.
+    rough = _run(sample, {})[0] if sample else {}
+    optima, passes = _run(data, rough)
+    duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
+    # Each search stops within TOLERANCE of its optimum, so that the duo is never worse than
+    # either model alone is made certain here. Equal to rounding (say, identical models) is equal.
+    alone = min(base, sidekick, key=lambda optimum: optimum.nll)
+    if alone.nll < duo.nll * (1 - ROUNDING):
+        duo = alone
+    return TemperatureFit(
+        duo.temperatures,
+        duo.nll,
+        base.temperatures,
+        max(base.nll, duo.nll),
+        sidekick.temperatures,
+        max(sidekick.nll, duo.nll),
+        duo.status,
+        passes,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Samples of this process, their number over all processes, and the sum over processes.
+
+    ``masked`` says whether any logits are -inf.
+    """
+
+    base: Tensor
+    sidekick: Tensor
+    targets: Tensor
+    count: int
+    masked: bool
+    reduce: Callable[[Tensor], Tensor]
+
+    def sample(self) -> "_Data | None":
+        """Evenly spaced rows, about a chunk of logits and 1024 at the least; None if that is all."""
+        stride = self.count // max(1024, CHUNK_LOGITS // self.base.shape[1])
+        if stride < 2:
+            return None
+        rows = slice(None, None, stride)
+        base, sidekick, targets = self.base[rows], self.sidekick[rows], self.targets[rows]
+        local = torch.tensor([len(targets)], dtype=torch.float64, device=base.device)
+        count = int(self.reduce(local).item())
+        return _Data(base, sidekick, targets, count, self.masked, self.reduce)
+
+
+class _Sums(NamedTuple):
+    """Sums over all samples at one pair of temperatures; they add up over chunks and processes."""
+
+    loss: float
+    grad_base: float
+    grad_sidekick: float
+    curvature_base: float
+    curvature_cross: float
+    curvature_sidekick: float
+    unsure: float  # samples whose target has a probability of at most 1/2
+
+
+class _Optimum(NamedTuple):
+    at: tuple[float, float]
+    unit: tuple[float, float]
+    nll: float
+    status: Status
+
+    @property
+    def temperatures(self) -> Temperatures:
+        return _scaled(self.at, self.unit)
+
+
+_Models: TypeAlias = tuple[bool, bool]  # which of (base, sidekick) may get a temperature above 0
+SEARCHES: dict[str, _Models] = {
+    "duo": (True, True),
+    "base": (True, False),
+    "sidekick": (False, True),
+}
+_Search: TypeAlias = Generator[list[Temperatures], list[_Sums], _Optimum]
+
+
+class _Quadratic(NamedTuple):
+    """NLL per sample around a point, in units in which each model's logits have variance 1."""
+
+    value: float
+    gradient: tuple[float, float]
+    hessian: tuple[float, float, float]  # base, cross, sidekick
+    unsure: float
+
+    @classmethod
+    def from_sums(cls, s: _Sums, count: int, unit: tuple[float, float]) -> "_Quadratic":
+        b, k = unit
+        return cls(
+            s.loss / count,
+            (s.grad_base * b / count, s.grad_sidekick * k / count),
+            (
+                s.curvature_base * b * b / count,
+                s.curvature_cross * b * k / count,
+                s.curvature_sidekick * k * k / count,
+            ),
+            s.unsure,
+        )
+
+    def box_step(self, at: tuple[float, float], ridge: float) -> tuple[float, tuple[float, float]]:
+        """Gain and exact minimiser of the quadratic over steps that keep ``at`` >= 0.
+
+        ``ridge`` is relative to the curvature; in proportion to the number of models, two equal
+        models take together the step that one would take alone.
+        """
+        (g0, g1), (h00, h01, h11) = self.gradient, self.hessian
+        damping = ridge * max(h00, h11, TINY)
+        h00, h11 = h00 + damping, h11 + damping
+        det = h00 * h11 - h01 * h01
+        u0, u1 = at
+        candidates = [
+            (-u0, -(g1 - h01 * u0) / h11),
+            (-(g0 - h01 * u1) / h00, -u1),
+            (-u0, -u1),
+        ]
+        if det > 0:
+            candidates.append(((h01 * g1 - h11 * g0) / det, (h01 * g0 - h00 * g1) / det))
+        best, best_step = 0.0, (0.0, 0.0)
+        for d0, d1 in candidates:
+            change = g0 * d0 + g1 * d1 + (h00 * d0 * d0 + h11 * d1 * d1) / 2 + h01 * d0 * d1
+            if u0 + d0 >= 0 and u1 + d1 >= 0 and change < best:
+                best, best_step = change, (d0, d1)
+        return -best, best_step
+
+
+def _search(count: int, models: _Models, start: _Optimum | None) -> _Search:
+    """Find one optimum: yields points to evaluate, receives their sums, returns the optimum.
+
+    Newton steps from T = 0, where the curvature is the mean variance within a row and so gives
+    each model's scale. NLL of confident models has features at many scales (a step may be far too
+    long or too short), so as long as the quadratic does not predict what a step gains, one pass
+    tries several lengths of it.
+
+    Args:
+        count: Number of samples.
+        models: Which of (base, sidekick) may have a temperature above 0.
+        start: Optimum of a subsample to start from, if there is one.
+    """
+    scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
+    if start is None or start.status != "converged" or not scaled:
+        at = (0.0, 0.0)
+        (sums,) = yield [Temperatures(0.0, 0.0)]
+        spread = (sums.curvature_base, sums.curvature_sidekick)
+        unit = (
+            math.sqrt(count / spread[0]) if models[0] and spread[0] > 0 else 0.0,
+            math.sqrt(count / spread[1]) if models[1] and spread[1] > 0 else 0.0,
+        )
+    else:
+        at, unit = start.at, start.unit
+        (sums,) = yield [start.temperatures]
+    here = _Quadratic.from_sums(sums, count, unit)
+    trusted, shrink = any(at), 1.0
+    for passes in range(1, MAX_PASSES + 1):
+        gain, step = here.box_step(at, RIDGE * sum(models))
+        if here.unsure == 0 and any(at):
+            # Every target beats all other classes together, so growing T only lowers the NLL.
+            if here.value == 0:
+                return _Optimum(at, unit, here.value, "separable")
+            lengths, step = (7.0, 63.0, 511.0), at
+        elif gain < TOLERANCE and shrink == 1:
+            return _Optimum(at, unit, here.value, "converged")
+        else:
+            lengths = (1.0,) if trusted else tuple(shrink * length for length in STEP_LENGTHS)
+        if passes == MAX_PASSES:
+            break
+        trials = [
+            (max(at[0] + length * step[0], 0.0), max(at[1] + length * step[1], 0.0))
+            for length in lengths
+        ]
+        received = yield [_scaled(trial, unit) for trial in trials]
+        found = [_Quadratic.from_sums(sums, count, unit) for sums in received]
+        best = min(range(len(found)), key=lambda i: found[i].value)
+        gained = here.value - found[best].value
+        if gained < -ROUNDING * here.value:
+            shrink, trusted = shrink if trusted else shrink * STEP_LENGTHS[-1] / 2, False
+        else:
+            trusted = lengths[best] == 1 and 0.8 * gain <= gained <= 1.2 * gain
+            at, here, shrink = trials[best], found[best], 1.0
+    return _Optimum(at, unit, here.value, "pass_limit")
+
+
+def _run(data: _Data, start: dict[str, _Optimum]) -> tuple[dict[str, _Optimum], int]:
+    """Run the searches side by side, so that one pass serves all; also the number of passes."""
+    searches = {name: _search(data.count, m, start.get(name)) for name, m in SEARCHES.items()}
+    wanted = {name: next(search) for name, search in searches.items()}
+    optima: dict[str, _Optimum] = {}
+    passes = 0
+    while wanted:
+        passes += 1
+        points = [(point, SEARCHES[name]) for name, points in wanted.items() for point in points]
+        totals = iter(data.reduce(_sums(data, points)).tolist())
+        for name, asked in list(wanted.items()):
+            try:
+                wanted[name] = searches[name].send([_Sums(*next(totals)) for _ in asked])
+            except StopIteration as found:
+                optima[name] = found.value
+                del wanted[name]
+    return optima, passes
+
+
+def _scaled(at: tuple[float, float], unit: tuple[float, float]) -> Temperatures:
+    return Temperatures(at[0] * unit[0], at[1] * unit[1])
+
+
+def _sums(data: _Data, points: list[tuple[Temperatures, _Models]]) -> Tensor:
+    """Evaluate all points in one read of the logits; shape (points, 7), float64."""
+    base, sidekick, targets = data.base, data.sidekick, data.targets
+    total = torch.zeros(len(points), len(_Sums._fields), dtype=torch.float64, device=base.device)
+    rows = max(1, CHUNK_LOGITS // base.shape[1])
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        a, b, y = base[chunk].double(), sidekick[chunk].double(), targets[chunk, None].long()
+        # Logits relative to the target's: its own are 0, so loss = log sum exp.
+        a, b = a - a.gather(1, y), b - b.gather(1, y)
+        masked = a == -torch.inf if data.masked else None
+        if masked is not None:
+            a, b = a.masked_fill_(masked, 0.0), b.masked_fill_(masked, 0.0)
+        for i, (temperatures, (use_base, use_sidekick)) in enumerate(points):
+            z = a * temperatures.base
+            if use_sidekick:
+                z.add_(b, alpha=temperatures.sidekick)
+            if masked is not None:
+                z.masked_fill_(masked, -torch.inf)
+            total[i] += _row_sums(z, a if use_base else None, b if use_sidekick else None)
+    return total
+
+
+def _row_sums(z: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Sums over one chunk's rows, shape (7,), in the order of ``_Sums``.
+
+    ``z`` are the weighted logits, ``a`` and ``b`` those of base and sidekick (None where the point
+    leaves that model out), all relative to the target's. ``z`` is overwritten.
+    """
+    top = z.amax(dim=1, keepdim=True)
+    p = z.sub_(top).exp_()
+    norm = p.sum(dim=1, keepdim=True)
+    p /= norm
+    loss = (top + norm.log()).squeeze(1)
+    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64, device=z.device)
+    sums[0], sums[6] = loss.sum(), (loss >= math.log(2)).sum()
+    if a is not None:
+        pa = p * a
+        mean_a = pa.sum(dim=1)
+        sums[1], sums[3] = mean_a.sum(), _covariance(pa, a, mean_a, mean_a)
+    if b is not None:
+        pb = p.mul_(b)
+        mean_b = pb.sum(dim=1)
+        sums[2], sums[5] = mean_b.sum(), _covariance(pb, b, mean_b, mean_b)
+    if a is not None and b is not None:
+        sums[4] = _covariance(pb, a, mean_a, mean_b)
+    return sums
+
+
+def _covariance(px: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
+    """Sum over rows of E[xy] - E[x]E[y], from p * x and y."""
+    return torch.dot(px.flatten(), y.flatten()) - torch.dot(mean_x, mean_y)
+
+
+def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
+    if base.ndim != 2 or base.shape != sidekick.shape or base.shape[1] == 0:
+        raise ValueError(
+            "fit_temperatures expects base and sidekick logits of one shape (N, K), got "
+            f"{tuple(base.shape)} and {tuple(sidekick.shape)}"
+        )
+    if not (base.is_floating_point() and sidekick.is_floating_point()):
+        raise ValueError(
+            f"fit_temperatures expects floating-point logits, got {base.dtype} and {sidekick.dtype}"
+        )
+    if targets.shape != base.shape[:1] or targets.is_floating_point() or targets.is_complex():
+        raise ValueError(
+            f"fit_temperatures expects integer targets of shape ({len(base)},), got "
+            f"{targets.dtype} of shape {tuple(targets.shape)}; soft and multi-label targets are "
+            "not supported"
+        )
+
+
+def _check_values(
+    base: Tensor, sidekick: Tensor, targets: Tensor, reduce: Callable[[Tensor], Tensor]
+) -> tuple[int, bool]:
+    """Samples of all processes and whether any is masked; or raise, in all, what is wrong."""
+    classes = base.shape[1]
+    in_range = (targets >= 0) & (targets < classes)
+    target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
+    masked, masked_sidekick = base == -torch.inf, sidekick == -torch.inf
+    problems = {
+        f"targets outside 0..{classes - 1}": ~in_range,
+        "NaN or +inf base logits": ~(base.isfinite() | masked).all(1),
+        "NaN or +inf sidekick logits": ~(sidekick.isfinite() | masked_sidekick).all(1),
+        "classes masked with -inf by one model only": (masked != masked_sidekick).any(1),
+        "a target class masked with -inf": in_range & (target_logit == -torch.inf),
+    }
+    here = [len(targets), masked.sum(), *(rows.sum() for rows in problems.values())]
+    totals = reduce(torch.tensor(here, dtype=torch.float64, device=base.device))
+    count, masks, *bad = (int(total) for total in totals.tolist())
+    for number, (problem, rows) in zip(bad, problems.items(), strict=True):
+        if number:
+            first = rows.nonzero().flatten()[:5].tolist()
+            where = f"first rows {first}" if first else "in another process"
+            raise ValueError(f"{number} of {count} samples have {problem} ({where})")
+    if not count:
+        raise ValueError("fit_temperatures needs at least one sample, got none")
+    return count, masks > 0
