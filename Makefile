@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
-EPOCHS ?= 6
+EPOCHS ?= 5
 OUTPUT ?= outputs/demo
 
 .PHONY: test check demo clean

@@ -112,11 +112,10 @@ class CellClassifier(L.LightningModule):
     def __init__(self, pretrained: bool = True, lr: float = 1e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = timm.create_model("tf_efficientnet_lite2", num_classes=NUM_CLASSES)
+        self.model = timm.create_model("tf_efficientnet_lite2")
         if pretrained:
-            state = pretrained_state("tf_efficientnet_lite2")
-            body = {k: v for k, v in state.items() if not k.startswith("classifier.")}
-            self.model.load_state_dict(body, strict=False)
+            self.model.load_state_dict(pretrained_state("tf_efficientnet_lite2"))
+        self.model.reset_classifier(NUM_CLASSES)
         self.model.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def count_flops(
             forward(module, example_input) if forward else module(example_input)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> float:

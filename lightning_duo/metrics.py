@@ -200,6 +200,16 @@ class DuoMetrics(Metric):
         zeros = torch.zeros(len(self.forms), dtype=torch.float64)
         self.add_state("nll", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("brier", zeros.clone(), dist_reduce_fx="sum")
+        self.reset()
+
+    @override
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        # A process that gets no sample must still have something to exchange with the others.
+        self.confidence.append(torch.zeros(0, len(self.forms), device=self.device))
+        self.prediction.append(torch.zeros(0, len(self.forms), device=self.device).long())
+        self.targets.append(torch.zeros(0, device=self.device).long())
 
     @override
     def update(self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor) -> None:

@@ -128,7 +128,7 @@ class DuoModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.half()` and friends must not round two numbers that scale every logit.
         exact = {name: self._buffers[name] for name in ("temperatures", "threshold")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
             moved = self._buffers[name]
             if value is not None and moved is not None and moved.dtype != value.dtype:
@@ -167,7 +167,7 @@ class DuoModule(nn.Module):
             raise ValueError(f"{path} is not a duo saved by DuoModule.save (no such metadata)")
         mode = metadata["mode"]
         assert mode in get_args(Mode)
-        duo = cls(base, sidekick, (1.0, 0.0), mode=mode)  # type: ignore[arg-type]
+        duo = cls(base, sidekick, (1.0, 0.0), mode=mode)
         try:
             load_model(duo, str(path))
         except RuntimeError as error:

@@ -287,7 +287,7 @@ class _Ranked(NamedTuple):
 def _rank(confidence: Tensor, correct: Tensor) -> _Ranked:
     hits = _check(confidence, correct)
     scores, order = confidence.sort(descending=True, stable=True)
-    _, group, size = scores.unique_consecutive(return_inverse=True, return_counts=True)
+    _, group, size = torch.unique_consecutive(scores, return_inverse=True, return_counts=True)
     wrong = torch.zeros_like(size).scatter_add_(0, group, (~hits[order]).long())
     group_end, group_errors = size.cumsum(0), wrong.cumsum(0)
     position = torch.arange(1, len(scores) + 1, device=scores.device)

@@ -1,29 +1,20 @@
-"""The sidekick: how it is built, what it sees, and how it is fine-tuned beside the base."""
+"""The sidekick: how it is built and what it sees."""
 
 import difflib
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from typing_extensions import override
 
 from lightning_duo.batch import as_logits
 
 SidekickSource: TypeAlias = str | nn.Module | Callable[[int], nn.Module]
-OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]
 
 TORCHVISION = "torchvision/"
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -92,7 +83,7 @@ def build_sidekick(
             head for another number of classes is left out and starts fresh.
 
     Returns:
-        The module, mapping inputs to logits (N, num_classes).
+        The module, mapping inputs to logits (N, num_classes). A new head starts from zero.
 
     Raises:
         ValueError: If the name is unknown or the weights do not fit the architecture.
@@ -117,7 +108,7 @@ def build_sidekick(
         return model
     download = pretrained and weights is None
     try:
-        model = _named(source, num_classes, download)
+        model, trained_head = _named(source, num_classes, download)
     except Exception as error:
         if not download:
             raise
@@ -128,24 +119,30 @@ def build_sidekick(
             "pretrained=False to train it from scratch"
         ) from error
     if weights is not None:
-        load_backbone(model, _read_state(Path(weights)), str(weights))
+        trained_head = load_backbone(model, _read_state(Path(weights)), str(weights))
+    if not trained_head:
+        # A linear probe starts from no opinion; some architectures draw heads so large that a
+        # short probe could not undo them.
+        for _, parameter in head_parameters(model):
+            nn.init.zeros_(parameter)
     return model
 
 
-def _named(source: str, num_classes: int, pretrained: bool) -> nn.Module:
+def _named(source: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, bool]:
+    """Build a model of a zoo; also whether its head is a trained one."""
     if not source.startswith(TORCHVISION):
         import timm
 
         model: nn.Module = timm.create_model(source, pretrained, num_classes=num_classes)
-        return model
+        return model, pretrained and _data_config(model).get("num_classes") == num_classes
     import torchvision.models as zoo
 
     name = source.removeprefix(TORCHVISION)
     vision: nn.Module = zoo.get_model(name, num_classes=num_classes)
-    if pretrained:
-        published = zoo.get_model_weights(name).DEFAULT
-        load_backbone(vision, published.get_state_dict(check_hash=True), source)
-    return vision
+    if not pretrained:
+        return vision, False
+    published = zoo.get_model_weights(name).DEFAULT
+    return vision, load_backbone(vision, published.get_state_dict(check_hash=True), source)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -160,7 +157,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> bool:
     """Load a state dict; only a head for another number of classes may be left out.
 
     Args:
@@ -168,12 +165,15 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> No
         state: State dict of the same architecture.
         origin: Where the state comes from, for the error.
 
+    Returns:
+        Whether the head was loaded too.
+
     Raises:
         ValueError: If anything but the head is missing, left over or of another shape.
     """
     own = model.state_dict()
     differing = {key for key in own if key in state and own[key].shape != state[key].shape}
-    head = {name for name, _ in _head_parameters(model)}
+    head = {name for name, _ in head_parameters(model)}
     # Auxiliary classifiers (googlenet, inception) end in class scores too.
     resized = {key for key in differing if key in head or "aux" in key.lower()}
     missing = sorted(set(own) - set(state))
@@ -186,13 +186,14 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> No
             f"{unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
         )
     model.load_state_dict({k: v for k, v in state.items() if k not in resized}, strict=False)
+    return not resized
 
 
-def _head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters of the final classifier: timm names it, else the last linear layer is it."""
     head: Any = None
     if callable(getattr(model, "get_classifier", None)):
-        head = model.get_classifier()
+        head = model.get_classifier()  # type: ignore[operator]
     else:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         head = layers[-1] if layers else None
@@ -220,7 +221,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     from torchvision.transforms import v2
 
     steps: list[nn.Module] = []
-    config = getattr(sidekick, "pretrained_cfg", None) or {}
+    config = _data_config(sidekick)
     size = getattr(sidekick, "image_size", None)  # torchvision's vision transformers
     if config.get("fixed_input_size"):
         size = config["input_size"][-2:]
@@ -228,11 +229,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
         wanted = [size, size] if isinstance(size, int) else list(size)
         if wanted != list(inputs.shape[-2:]):
             steps.append(v2.Resize(wanted, antialias=True))
-    stated = [
-        part.pretrained_cfg
-        for part in base.modules()
-        if isinstance(getattr(part, "pretrained_cfg", None), dict)
-    ]
+    stated = [config for part in base.modules() if (config := _data_config(part))]
     if len(stated) == 1 and config.get("mean") and stated[0].get("mean"):
         mean_base, std_base = (torch.tensor(stated[0][key]) for key in ("mean", "std"))
         mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
@@ -248,170 +245,107 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     return transform
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the sidekick is fine-tuned: linear probe of the head, then all of it (paper, A.2)."""
-
-    probe: float = 0.3
-    """Fraction of the optimizer steps that train the head only (paper: 8 of 28, 5 of 15 epochs)."""
-    optimizer: OptimizerFn | None = None
-    """Parameters -> optimizer, in both phases; None: AdamW, lr 1e-3 (probe) and 1e-4."""
-    lr_scheduler: SchedulerFn | None = None
-    """Optimizer -> scheduler, stepped after every optimizer step, made anew for each phase; None:
-    linear warm-up over 5 % of the phase, then cosine to 0."""
-
-    def make_optimizer(self, parameters: list[nn.Parameter], *, probing: bool) -> Optimizer:
-        """Optimizer of one phase."""
-        if self.optimizer is not None:
-            return self.optimizer(parameters)
-        return AdamW(parameters, lr=1e-3 if probing else 1e-4, weight_decay=1e-6)
-
-    def make_scheduler(self, optimizer: Optimizer, steps: int | None) -> LRScheduler:
-        """Scheduler of a phase of that many optimizer steps; None if it has no known end."""
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler(optimizer)
-        warmup = 100 if steps is None else max(1, round(0.05 * steps))
-        rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        if steps is None:
-            return rise
-        fall = CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup))
-        return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """What timm says of the images a model was trained on; empty for other models."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
-class SidekickTrainer:
-    """Trains the sidekick inside someone else's training loop, without a trace in it.
-
-    It steps when the base's optimizer has stepped, uses the Trainer's precision, gradient
-    clipping and gradient averaging, and leaves the global random streams as they were.
+class Sidekick:
+    """The sidekick of a run: built when the number of classes is known, with what it sees.
 
     Args:
-        model: The sidekick.
-        recipe: How to train it.
-        trainer: The user's Trainer; training is about to start.
-        state: What `state_dict` gave, to go on from there.
+        source: As `build_sidekick` takes it.
+        num_classes: K, or None to take it from the base's first logits.
+        pretrained: Whether a named model starts from published weights.
+        weights: Local weights of a named model, or None.
+        transform: From the base's inputs to the sidekick's; None to decide by `input_transform`.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, trainer: Trainer, state: dict[str, Any] | None
+        self,
+        source: SidekickSource,
+        *,
+        num_classes: int | None,
+        pretrained: bool,
+        weights: str | Path | None,
+        transform: Callable[[Any], Any] | None,
     ) -> None:
-        self.model, self.recipe, self.trainer = model, recipe, trainer
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        if not self._trainable:
-            raise MisconfigurationException(
-                "the sidekick has no trainable parameters; call requires_grad_(True) on it, or "
-                "fit only the temperatures with trainer.validate"
-            )
-        self.updates = self.batches = 0
-        self.seed = torch.initial_seed()
-        self.total = self._total_updates()
-        head = {id(p) for _, p in _head_parameters(model)}
-        self._head = [p for p in self._trainable if id(p) in head]
-        self.probe_updates = round(recipe.probe * (self.total or 0)) if self._head else 0
-        if recipe.probe and not self.probe_updates and not self._head:
-            rank_zero_info("DuoCallback: no final linear layer found, so there is no linear probe")
-        mixed_half = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self.scaler = torch.amp.GradScaler(trainer.strategy.root_device.type, enabled=mixed_half)
-        if state is not None:
-            self.updates, self.batches = state["updates"], state["batches"]
-            self.probe_updates, self.seed = state["probe_updates"], state["seed"]
-        self._enter_phase()
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
+        check_source(source, weights)
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if transform is not None and not callable(transform):
+            raise TypeError("sidekick_transform must be callable: inputs -> the sidekick's inputs")
+        self.source, self.num_classes = source, num_classes
+        self.pretrained, self.weights = pretrained, weights
+        self.model: nn.Module | None = None
+        self._transform = transform
+        self._transform_known = transform is not None
 
     @property
-    def probing(self) -> bool:
-        """Whether only the head is being trained."""
-        return self.updates < self.probe_updates
+    def name(self) -> str:
+        """What a checkpoint remembers of the architecture."""
+        if isinstance(self.source, str):
+            return self.source
+        return type(self.source).__name__ if isinstance(self.source, nn.Module) else "callable"
 
-    def _total_updates(self) -> int | None:
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            rank_zero_warn(
-                "DuoCallback: the Trainer does not know when training ends (max_epochs=-1 and no "
-                "max_steps), so the sidekick trains without a linear probe at a constant learning "
-                "rate; set max_epochs or max_steps for the full recipe"
-            )
-            return None
-        return max(1, int(total))
+    @property
+    def pretrained_only(self) -> bool:
+        """Whether a model just built has a random head: it has a name and no weights file."""
+        return isinstance(self.source, str) and self.weights is None
 
-    def _enter_phase(self) -> None:
-        probing = self.probing
-        parameters = self._head if probing else self._trainable
-        for p in self._trainable:
-            p.requires_grad_(not probing)
-            p.grad = None
-        for p in parameters:
-            p.requires_grad_(True)
-        steps = self.probe_updates if probing else self.total and self.total - self.probe_updates
-        self.optimizer = self.recipe.make_optimizer(parameters, probing=probing)
-        self.scheduler = self.recipe.make_scheduler(self.optimizer, steps)
-        self._parallel: nn.Module = self.model
-        strategy = self.trainer.strategy
-        if self.trainer.world_size > 1 and isinstance(strategy, DDPStrategy):
-            self._parallel = DistributedDataParallel(
-                self.model, device_ids=strategy.determine_ddp_device_ids()
-            )
+    def build(self, num_classes: int, base: nn.Module | None, *, pretrained: bool) -> nn.Module:
+        """Build the model unless it exists; the global random streams do not notice.
 
-    def step(self, inputs: Any, targets: Tensor, *, update: bool) -> Tensor:
-        """Learn from a batch.
-
-        Args:
-            inputs: The sidekick's inputs, already transformed.
-            targets: True classes, shape (N,), int64.
-            update: Whether this batch ends an accumulation window.
-
-        Returns:
-            Cross-entropy in nats per sample, detached.
+        Raises:
+            MisconfigurationException: If it shares parameters with the base.
         """
-        # In the probe the features are frozen: normalisation statistics and dropout too.
-        self.model.train(not self.probing)
-        sync = self._parallel.no_sync if hasattr(self._parallel, "no_sync") and not update else None
-        with isolate_rng(include_cuda=self.trainer.strategy.root_device.type == "cuda"):
-            # A stream of its own, the same after a resume, and different on every rank.
-            step_seed = self.batches * self.trainer.world_size + self.trainer.global_rank
-            torch.manual_seed((self.seed + 1_000_003 * step_seed) % 2**63)
-            with sync() if sync else nullcontext():
-                with self.trainer.precision_plugin.train_step_context():
-                    logits = sidekick_logits(self._parallel, inputs)
-                    loss = nn.functional.cross_entropy(logits.float(), targets)
-                accumulated = loss / self.trainer.accumulate_grad_batches
-                self.scaler.scale(accumulated).backward()
-        self.batches += 1
-        if update:
-            self._update()
-        return loss.detach()
-
-    def _update(self) -> None:
-        if self.trainer.gradient_clip_val:
-            self.scaler.unscale_(self.optimizer)
-            self.trainer.precision_plugin.clip_gradients(
-                self.optimizer,
-                self.trainer.gradient_clip_val,
-                GradClipAlgorithmType(self.trainer.gradient_clip_algorithm or "norm"),
+        if self.model is None:
+            with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
+                weights = self.weights if pretrained else None
+                self.model = build_sidekick(
+                    self.source,
+                    num_classes,
+                    pretrained=pretrained and self.pretrained,
+                    weights=weights,
+                )
+            self.num_classes = num_classes
+        own = {id(p) for p in self.model.parameters()}
+        if base is not None and any(id(p) in own for p in base.parameters()):
+            raise MisconfigurationException(
+                "base and sidekick share parameters; the sidekick must be a model of its own "
+                "(copy.deepcopy it)"
             )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        was_probing = self.probing
-        self.updates += 1
-        if was_probing and not self.probing:
-            self._enter_phase()
-        else:
-            self.scheduler.step()
+        return self.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types only; the model's weights are not among them."""
-        return {
-            "updates": self.updates,
-            "batches": self.batches,
-            "seed": self.seed,
-            "probe_updates": self.probe_updates,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+    def inputs(self, base: nn.Module, inputs: Any) -> Any:
+        """What the sidekick sees of the base's inputs."""
+        if not self._transform_known and self.model is not None:
+            self._transform = input_transform(self.model, base, inputs)
+            self._transform_known = True
+        return inputs if self._transform is None else self._transform(inputs)
+
+    def deployable(self) -> nn.Module:
+        """The model, behind its transform if it has one."""
+        if self.model is None:
+            raise RuntimeError("the sidekick has not been built yet")
+        if self._transform is None:
+            return self.model
+        transform = self._transform
+        first = transform if isinstance(transform, nn.Module) else _Callable(transform)
+        return nn.Sequential(first, self.model)
+
+
+class _Callable(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    @override
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
 
 
 def sidekick_logits(model: nn.Module, inputs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,7 +53,19 @@ class TemperatureFit:
     no finite optimum exists; the temperatures are finite and reach an NLL that rounds to 0.
     ``pass_limit``: stopped after 12 passes with the best temperatures seen."""
     passes: int
-    """Times the logits were read to fit; all three optima are found in the same passes."""
+    """Times all logits were read to fit; the three optima are found in the same passes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fit in plain types, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "TemperatureFit":
+        """The fit that `state_dict` described."""
+        values: dict[str, Any] = {
+            k: Temperatures(*v) if isinstance(v, list) else v for k, v in state.items()
+        }
+        return cls(**values)
 
 
 def fit_temperatures(
@@ -103,10 +115,10 @@ def fit_temperatures(
     rough = _run(sample, {})[0] if sample else {}
     optima, passes = _run(data, rough)
     duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
-    # Each search stops within TOLERANCE of its optimum, so that the duo is never worse than
-    # either model alone is made certain here. Equal to rounding (say, identical models) is equal.
+    # Each search stops about TOLERANCE above its optimum. A model alone that is better by more
+    # replaces the duo; within it the two are equal (say, identical models) and so reported.
     alone = min(base, sidekick, key=lambda optimum: optimum.nll)
-    if alone.nll < duo.nll * (1 - ROUNDING):
+    if alone.nll < duo.nll - 10 * TOLERANCE:
         duo = alone
     return TemperatureFit(
         duo.temperatures,
@@ -135,7 +147,7 @@ class _Data:
     reduce: Callable[[Tensor], Tensor]
 
     def sample(self) -> "_Data | None":
-        """Evenly spaced rows, about a chunk of logits and 1024 at the least; None if that is all."""
+        """Evenly spaced rows, a chunk of logits but at least 1024; None if that is all."""
         stride = self.count // max(1024, CHUNK_LOGITS // self.base.shape[1])
         if stride < 2:
             return None
@@ -259,7 +271,8 @@ def _search(count: int, models: _Models, start: _Optimum | None) -> _Search:
             # Every target beats all other classes together, so growing T only lowers the NLL.
             if here.value == 0:
                 return _Optimum(at, unit, here.value, "separable")
-            lengths, step = (7.0, 63.0, 511.0), at
+            step = at
+            lengths: tuple[float, ...] = (7.0, 63.0, 511.0)
         elif gain < TOLERANCE and shrink == 1:
             return _Optimum(at, unit, here.value, "converged")
         else:

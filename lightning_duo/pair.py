@@ -1,0 +1,117 @@
+"""Base and sidekick of a run, side by side: the logits of both for a batch, and the duo."""
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_duo.batch import (
+    BaseLogits,
+    BatchFn,
+    LogitsFn,
+    call_base,
+    check_targets,
+    evaluating,
+    has_forward,
+)
+from lightning_duo.cost import count_flops
+from lightning_duo.module import DuoModule
+from lightning_duo.sidekick import Sidekick, sidekick_logits
+from lightning_duo.temperature import Temperatures
+
+
+class Pair:
+    """Both models of a run.
+
+    Args:
+        sidekick: The sidekick, perhaps not built yet.
+        read_batch: ``batch -> (inputs, targets)``.
+        logits_fn: ``(module, inputs) -> logits``, or None.
+    """
+
+    def __init__(self, sidekick: Sidekick, read_batch: BatchFn, logits_fn: LogitsFn | None) -> None:
+        self.sidekick, self.read_batch = sidekick, read_batch
+        self.base = BaseLogits(logits_fn)
+        self._example: Tensor | None = None
+
+    def build(self, trainer: Trainer, pl_module: LightningModule, num_classes: int) -> nn.Module:
+        """The sidekick, on the base's device and in the Trainer's precision."""
+        with torch.inference_mode(False):
+            model = self.sidekick.build(num_classes, pl_module, pretrained=True)
+            return trainer.precision_plugin.convert_module(model).to(pl_module.device)
+
+    def logits(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of both models (N, K) and targets (N,) of a batch, on the CPU."""
+        inputs, targets = self.read_batch(batch)
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+            base = self.base.of(pl_module, outputs, inputs, targets)
+            classes = base.shape[1]
+            if self.sidekick.num_classes not in (None, classes):
+                raise ValueError(
+                    f"the base gives {classes} classes but the sidekick was built for "
+                    f"{self.sidekick.num_classes}; pass DuoCallback(..., num_classes={classes})"
+                )
+            model = self.build(trainer, pl_module, classes)
+            targets = check_targets(targets, classes)
+            with evaluating(model), trainer.precision_plugin.val_step_context():
+                sidekick = sidekick_logits(model, self.sidekick.inputs(pl_module, inputs))
+        if sidekick.shape != base.shape:
+            raise ValueError(
+                f"the sidekick {self.sidekick.name!r} gives logits {tuple(sidekick.shape)} but "
+                f"the base {tuple(base.shape)}: give it a head with {classes} outputs, or pass a "
+                "name or a callable num_classes -> nn.Module"
+            )
+        if isinstance(inputs, Tensor) and len(inputs):
+            self._example = inputs[:1].detach()
+        return base.float().cpu(), sidekick.float().cpu(), targets.cpu()
+
+    def flops_balance(self, module: LightningModule) -> float | None:
+        """FLOPs of the sidekick over the base's for one sample; None if they can't be counted."""
+        if self._example is None or self.sidekick.model is None:
+            return None
+        try:
+            with isolate_rng():
+                base = count_flops(module, self._example, self.base.logits_fn or call_base)
+                sidekick = count_flops(self.sidekick.deployable(), self._example)
+        except Exception as error:  # the user's forward may want more than a batch of one
+            rank_zero_warn(f"DuoCallback: could not count the base's FLOPs: {error}")
+            return None
+        return sidekick / base if base else None
+
+    def duo(self, module: LightningModule, temperatures: Temperatures) -> DuoModule:
+        """A deep copy of both models as a duo, on the base's device, in eval mode.
+
+        Raises:
+            ValueError: If the base's logits can be computed neither by its forward nor by the
+                user's ``logits_fn``.
+        """
+        if self.base.logits_fn is None and not has_forward(module):
+            raise ValueError(
+                f"{type(module).__name__} has no forward, so the duo cannot call it; define "
+                "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+            )
+        self.base.unwatch()
+        logits_fn = self.base.logits_fn
+        base = module if logits_fn is None else _Through(logits_fn, module)
+        # Copied in one go, so that neither copy refers to an original.
+        duo = DuoModule(*copy.deepcopy((base, self.sidekick.deployable())), temperatures)
+        return duo.to(module.device).requires_grad_(False).eval()
+
+
+class _Through(nn.Module):
+    """A base whose logits the user's ``logits_fn`` computes."""
+
+    def __init__(self, logits_fn: LogitsFn, module: nn.Module) -> None:
+        super().__init__()
+        self.logits_fn, self.module = logits_fn, module
+
+    @override
+    def forward(self, x: Any) -> Tensor:
+        return self.logits_fn(self.module, x)

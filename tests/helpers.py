@@ -1,0 +1,83 @@
+"""Small data, models and Trainers that the tests share."""
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+NUM_CLASSES = 4
+
+
+def make_logits(
+    count: int, classes: int, seed: int, margin: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two correlated models, the second a little worse, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    shared, a, b = torch.randn(3, count, classes, generator=generator)
+    base, sidekick = a + 0.5 * shared, b + 0.5 * shared
+    rows = torch.arange(count)
+    base[rows, targets] += margin
+    sidekick[rows, targets] += 0.7 * margin
+    return base, sidekick, targets
+
+
+def small_images(count: int = 240, seed: int = 0) -> TensorDataset:
+    """Images whose class a linear model can half guess."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, 8, 8, generator=generator)
+    teacher = torch.randn(192, NUM_CLASSES, generator=torch.Generator().manual_seed(99))
+    noise = 8 * torch.randn(count, NUM_CLASSES, generator=generator)
+    return TensorDataset(x, (x.flatten(1) @ teacher + noise).argmax(1))
+
+
+def loader(dataset: TensorDataset, *, shuffle: bool = False, batch: int = 16) -> DataLoader:
+    return DataLoader(dataset, batch, shuffle=shuffle)
+
+
+def small_net(num_classes: int = NUM_CLASSES, width: int = 16) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(192, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(width, num_classes),
+    )
+
+
+class Classifier(L.LightningModule):
+    """An ordinary user's module."""
+
+    def __init__(self, num_classes: int = NUM_CLASSES) -> None:
+        super().__init__()
+        self.net = small_net(num_classes, width=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def make_trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
+    defaults: dict = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})

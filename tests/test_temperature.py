@@ -1,0 +1,293 @@
+"""fit_temperatures against scipy on the same problem, and against its own promises."""
+
+import math
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from lightning_duo import Temperatures, fit_temperatures, temperature
+
+Case = tuple[Tensor, Tensor, Tensor]
+A, B, Y = make_logits(1500, 10, seed=6)
+TRUE = one_hot(Y, 10).float()
+
+
+def few_wrong(classes: int, margin: float) -> Case:
+    """A strong model beside a few confident mistakes."""
+    a, b, y = make_logits(3000, classes, seed=8, margin=margin)
+    a = 5 * a
+    y = y.clone()
+    y[:30] = (y[:30] + 1) % classes
+    return a, b, y
+
+
+def heavy_tailed() -> Case:
+    a, b, y = make_logits(5000, 100, seed=12, margin=3.0)
+    scale = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0)).mul(2).exp()
+    return 4 * a * scale, 2 * b * scale, y
+
+
+def ties_with_the_target() -> Case:
+    logits = 4 * TRUE
+    logits[:300] += 4 * one_hot((Y[:300] + 1) % 10, 10)
+    return logits, logits.clone(), Y
+
+
+def masked() -> Case:
+    a, b = A.clone(), B.clone()
+    a[:, 3] = b[:, 3] = -torch.inf
+    return a, b, torch.where(Y == 3, 4, Y)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "plain": lambda: (A, B, Y),
+    "two classes": lambda: make_logits(2000, 2, seed=1, margin=1.5),
+    "1000 classes": lambda: make_logits(1000, 1000, seed=2, margin=5.0),
+    "99.99 % accurate": lambda: make_logits(20000, 10, seed=14, margin=6.5),
+    "scale 1e4": lambda: (1e4 * A, 1e4 * B, Y),
+    "scale 1e-4": lambda: (1e-4 * A, 1e-4 * B, Y),
+    "scales 1e4 and 1e-4": lambda: (1e4 * A, 1e-4 * B, Y),
+    "offset 1e4": lambda: (A.double() + 1e4, B.double() - 1e4, Y),
+    "offsets by row": lambda: (A.double() + 1e4 * A.double()[:, :1], B, Y),
+    "useless sidekick": lambda: (A, torch.randn(A.shape, generator=torch.Generator()), Y),
+    "anti-correlated sidekick": lambda: (A, -B, Y),
+    "both anti-correlated": lambda: (-A, -B, Y),
+    "opposite models": lambda: (A, -A, Y),
+    "identical models": lambda: (A, A.clone(), Y),
+    "collinear models": lambda: (A, 3 * A, Y),
+    "constant sidekick": lambda: (A, torch.full_like(A, 3.0), Y),
+    "constant base": lambda: (torch.ones_like(A), B, Y),
+    "both constant": lambda: (torch.ones_like(A), torch.zeros_like(B), Y),
+    "separable": lambda: (5 * TRUE + 0.1 * A, B, Y),
+    "separable by the sidekick": lambda: (A, 20 * TRUE, Y),
+    "separable only together": lambda: (
+        TRUE * (torch.arange(1500) < 700)[:, None],
+        TRUE * (torch.arange(1500) >= 700)[:, None],
+        Y,
+    ),
+    "one sample": lambda: (A[:1], B[:1], Y[:1]),
+    "two samples": lambda: (A[:2], B[:2], Y[:2]),
+    "a missing class": lambda: (A[Y != 3], B[Y != 3], Y[Y != 3]),
+    "float16 and bfloat16": lambda: (A.half(), B.bfloat16(), Y),
+    "int32 targets": lambda: (A, B, Y.int()),
+    "a single class": lambda: (A[:, :1], B[:, :1], torch.zeros_like(Y)),
+    "confident mistakes": lambda: few_wrong(10, 4.0),
+    "confident mistakes, 100 classes": lambda: few_wrong(100, 8.0),
+    "heavy tails": heavy_tailed,
+    "ties with the target": ties_with_the_target,
+    "masked class": masked,
+}
+
+
+def reference_nll(base: Tensor, sidekick: Tensor, targets: Tensor, t: tuple[float, float]) -> float:
+    a, b = base.double(), sidekick.double()
+    z = (t[0] * a + t[1] * b).masked_fill(a == -torch.inf, -torch.inf)
+    return float(cross_entropy(z, targets.long()))
+
+
+def scipy_optimum(base: Tensor, sidekick: Tensor, targets: Tensor, start: Temperatures) -> float:
+    """Lowest NLL that L-BFGS-B finds on T >= 0 from several starts, in numpy float64."""
+    keep = ~(base == -torch.inf).any(0)
+    rows = np.arange(len(targets))
+    y = (keep.cumsum(0) - 1)[targets.long()].numpy()
+    models = [m[:, keep].double().numpy() for m in (base, sidekick)]
+    models = [m - m[rows, y][:, None] for m in models]
+    scales = [float(m.std()) or 1.0 for m in models]
+
+    def nll(u: np.ndarray) -> tuple[float, np.ndarray]:
+        z = sum(v / s * m for v, s, m in zip(u, scales, models, strict=True))
+        top = z.max(1, keepdims=True)
+        e = np.exp(z - top)
+        total = e.sum(1, keepdims=True)
+        p = e / total
+        slopes = [(p * m).sum(1).mean() / s for s, m in zip(scales, models, strict=True)]
+        return float((top + np.log(total)).mean()), np.array(slopes)
+
+    starts = [
+        [1.0, 1.0],
+        [0.05, 0.05],
+        [5.0, 0.5],
+        [t * s for t, s in zip(start, scales, strict=True)],
+    ]
+    options = {"ftol": 1e-15, "gtol": 1e-11, "maxiter": 1000}
+    return min(
+        minimize(nll, x, jac=True, bounds=[(0, None)] * 2, method="L-BFGS-B", options=options).fun
+        for x in starts
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fit_reaches_the_scipy_optimum_in_at_most_12_passes(name: str) -> None:
+    base, sidekick, targets = CASES[name]()
+    fit = fit_temperatures(base, sidekick, targets)
+
+    assert all(math.isfinite(t) and t >= 0 for t in fit.temperatures)
+    assert fit.nll == pytest.approx(
+        reference_nll(base, sidekick, targets, fit.temperatures), abs=1e-9
+    )
+    assert fit.nll <= scipy_optimum(base, sidekick, targets, fit.temperatures) + 1e-6
+    assert fit.passes <= 12
+    assert fit.nll <= fit.nll_base
+    assert fit.nll <= fit.nll_sidekick
+    alone = reference_nll(base, sidekick, targets, fit.scaled_base)
+    assert fit.nll_base == pytest.approx(alone, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["useless sidekick", "anti-correlated sidekick", "identical models"]
+)
+def test_base_alone_is_scaled_to_its_own_optimum(name: str) -> None:
+    base, sidekick, targets = CASES[name]()
+    fit = fit_temperatures(base, sidekick, targets)
+    zero = torch.zeros_like(base)
+    assert fit.scaled_base.sidekick == 0
+    assert fit.nll_base <= scipy_optimum(base, zero, targets, fit.scaled_base) + 1e-6
+
+
+def test_edge_cases_have_the_promised_temperatures() -> None:
+    def fit(name: str) -> temperature.TemperatureFit:
+        return fit_temperatures(*CASES[name]())
+
+    assert fit("anti-correlated sidekick").temperatures.sidekick == 0
+    assert fit("constant sidekick").temperatures.sidekick == 0
+    assert fit("constant base").temperatures.base == 0
+    assert fit("both constant").temperatures == (0, 0)
+    assert fit("both anti-correlated").temperatures == (0, 0)
+    same = fit("identical models").temperatures
+    assert same.base == pytest.approx(same.sidekick, rel=1e-6)
+    assert same.base > 0
+    collinear = fit("collinear models").temperatures
+    assert collinear.base == pytest.approx(3 * collinear.sidekick, rel=1e-6)
+    together = fit("separable only together")
+    assert together.status == "separable"
+    assert min(together.temperatures) > 0
+    assert fit("separable").nll < 1e-6
+    assert fit("plain").status == "converged"
+
+
+def test_temperatures_follow_the_scale_of_the_logits() -> None:
+    plain, scaled = fit_temperatures(A, B, Y), fit_temperatures(100 * A, B / 100, Y)
+    assert scaled.temperatures.base == pytest.approx(plain.temperatures.base / 100, rel=1e-5)
+    assert scaled.temperatures.sidekick == pytest.approx(
+        plain.temperatures.sidekick * 100, rel=1e-5
+    )
+
+
+def test_a_masked_class_is_as_if_it_did_not_exist() -> None:
+    base, sidekick, targets = masked()
+    keep = [k for k in range(10) if k != 3]
+    without = fit_temperatures(base[:, keep], sidekick[:, keep], targets - (targets > 3).long())
+    fit = fit_temperatures(base, sidekick, targets)
+    assert fit.temperatures == pytest.approx(without.temperatures, rel=1e-9)
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit_temperatures(A, B, Y)
+    monkeypatch.setattr(temperature, "CHUNK_LOGITS", 70)
+    assert fit_temperatures(A, B, Y).temperatures == pytest.approx(whole.temperatures, rel=1e-6)
+
+
+def test_a_subsample_only_shortens_the_way() -> None:
+    base, sidekick, targets = make_logits(40000, 10, seed=3)
+    fit = fit_temperatures(base, sidekick, targets)
+    assert fit.passes <= 4
+    assert fit.nll <= scipy_optimum(base, sidekick, targets, fit.temperatures) + 1e-9
+
+
+def test_processes_together_fit_what_one_would() -> None:
+    """Three processes with uneven parts, one of them empty, as threads around a barrier."""
+    parts = [slice(0, 1000), slice(1000, 1500), slice(0, 0)]
+    barrier = threading.Barrier(len(parts), timeout=60)
+    board: dict[int, Tensor] = {}
+    found: dict[int, temperature.TemperatureFit] = {}
+
+    def work(rank: int) -> None:
+        def reduce(sums: Tensor) -> Tensor:
+            board[rank] = sums
+            barrier.wait()
+            total = sum(board[r] for r in range(len(parts)))
+            barrier.wait()
+            return total
+
+        part = parts[rank]
+        found[rank] = fit_temperatures(A[part], B[part], Y[part], reduce=reduce)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found[0] == found[1] == found[2]
+    alone = fit_temperatures(A, B, Y)
+    assert found[0].temperatures == pytest.approx(alone.temperatures, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 60),
+    classes=st.integers(2, 12),
+    margins=st.tuples(st.floats(-1, 6), st.floats(-1, 6)),
+    scales=st.tuples(st.floats(-3, 3), st.floats(-3, 3)),
+    rounded=st.booleans(),
+)
+def test_fit_is_never_worse_than_either_model_alone(
+    seed: int,
+    count: int,
+    classes: int,
+    margins: tuple[float, float],
+    scales: tuple[float, float],
+    rounded: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    models = []
+    for margin, scale in zip(margins, scales, strict=True):
+        logits = torch.randn(count, classes, generator=generator)
+        logits[torch.arange(count), targets] += margin
+        models.append((logits.round() if rounded else logits) * 10**scale)
+    fit = fit_temperatures(*models, targets)
+    assert fit.nll <= min(fit.nll_base, fit.nll_sidekick)
+    assert fit.passes <= 12
+    assert fit.nll <= scipy_optimum(*models, targets, fit.temperatures) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, y: (a, b[:, :5], y), r"one shape \(N, K\), got \(1500, 10\) and \(1500, 5\)"),
+        (lambda a, b, y: (a.long(), b, y), "floating-point logits, got torch.int64"),
+        (lambda a, b, y: (a, b, y[:3]), r"integer targets of shape \(1500,\)"),
+        (lambda a, b, y: (a, b, one_hot(y, 10)), "soft and multi-label targets are not supported"),
+        (lambda a, b, y: (a, b, y.float()), "integer targets"),
+        (lambda a, b, y: (a, b, y + 1), r"\d+ of 1500 samples have targets outside 0..9"),
+        (lambda a, b, y: (a, b, y - 1), "targets outside 0..9"),
+        (lambda a, b, y: (a.where(y[:, None] != 4, torch.nan), b, y), "NaN or .inf base logits"),
+        (lambda a, b, y: (a, b.where(y[:, None] != 4, torch.inf), y), "sidekick logits"),
+        (
+            lambda a, b, y: (a, b.where(torch.arange(10) != 4, -torch.inf), y),
+            "masked with -inf by one model only",
+        ),
+        (lambda a, b, y: (a[:0], b[:0], y[:0]), "at least one sample"),
+        (lambda a, b, y: (a[:, :0], b[:, :0], y), "one shape"),
+    ],
+)
+def test_bad_input_is_named(change: Callable[..., Case], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_temperatures(*change(A, B, Y))
+
+
+def test_a_masked_target_is_an_error() -> None:
+    base, sidekick, targets = masked()
+    targets[5] = 3
+    with pytest.raises(ValueError, match=r"1 of 1500 .* target class masked .*first rows \[5\]"):
+        fit_temperatures(base, sidekick, targets)
