@@ -129,7 +129,8 @@ class BaseLogits:
         self._announced = self._doubted = False
 
     def watch(self, module: nn.Module) -> None:
-        """Record what the module's forward returns from now on, until `unwatch`."""
+        """Record what the module's forward returns in the step that begins, until `unwatch`."""
+        self._seen.clear()
         if self.logits_fn is None and self._handle is None:
             self._handle = module.register_forward_hook(self._record)
 
@@ -203,7 +204,9 @@ class BaseLogits:
             )
             self._announced = True
         with evaluating(module):
-            return call_base(module, inputs)
+            logits = call_base(module, inputs)
+        self._seen.clear()
+        return logits
 
 
 def has_forward(module: nn.Module) -> bool:

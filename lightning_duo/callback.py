@@ -249,6 +249,16 @@ class DuoCallback(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collected.clear()
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self._pair.base.watch(pl_module)
 
     @override
@@ -315,6 +325,16 @@ class DuoCallback(Callback):
         classes = self._sidekick.num_classes or 1
         loaders = range(len(trainer.num_test_batches))
         self._metrics = {index: DuoMetrics(classes, self.fit) for index in loaders}
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self._pair.base.watch(pl_module)
 
     @override
@@ -342,7 +362,7 @@ class DuoCallback(Callback):
         self.results[stage + suffix] = results
         for model in LOGGED:
             for metric, value in results[model].items():
-                pl_module.log(f"{model}/{stage}_{metric}{suffix}", value)
+                pl_module.log(f"{model}/{stage}_{metric}{suffix}", value, add_dataloader_idx=False)
 
     # ---- checkpoints ----
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
@@ -143,7 +143,14 @@ class DuoModule(nn.Module):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_model(self, str(partial), metadata={"format": "lightning_duo/1", "mode": self.mode})
+        tensors: dict[str, Tensor] = {}
+        written: set[int] = set()
+        for name, value in self.state_dict().items():
+            own = value.contiguous()
+            # The format stores no aliases: tied weights are written once for every name.
+            tensors[name] = own.clone() if own.data_ptr() in written else own
+            written.add(own.data_ptr())
+        save_file(tensors, partial, metadata={"format": "lightning_duo/1", "mode": self.mode})
         os.replace(partial, path)
 
     @classmethod
@@ -169,7 +176,7 @@ class DuoModule(nn.Module):
         assert mode in get_args(Mode)
         duo = cls(base, sidekick, (1.0, 0.0), mode=mode)
         try:
-            load_model(duo, str(path))
+            duo.load_state_dict(load_file(path))
         except RuntimeError as error:
             raise ValueError(
                 f"the duo in {path} does not fit these modules; build base and sidekick as they "

@@ -229,7 +229,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
         wanted = [size, size] if isinstance(size, int) else list(size)
         if wanted != list(inputs.shape[-2:]):
             steps.append(v2.Resize(wanted, antialias=True))
-    stated = [config for part in base.modules() if (config := _data_config(part))]
+    stated = [found for part in base.modules() if (found := _data_config(part))]
     if len(stated) == 1 and config.get("mean") and stated[0].get("mean"):
         mean_base, std_base = (torch.tensor(stated[0][key]) for key in ("mean", "std"))
         mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))

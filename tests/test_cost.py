@@ -1,0 +1,44 @@
+"""FLOPs against fvcore, which counts a multiply-add once where PyTorch counts two."""
+
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from helpers import small_net
+from torch import nn
+
+from lightning_duo.cost import count_flops, flops_balance
+
+# What fvcore counts beside convolutions and products, and PyTorch does not.
+ELEMENTWISE = ("batch_norm", "layer_norm", "adaptive_avg_pool2d", "group_norm")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100"])
+def test_against_fvcore(name: str) -> None:
+    model, x = timm.create_model(name).eval(), torch.zeros(1, 3, 224, 224)
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False  # fvcore does not see inside fused attention
+    analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False)
+    operators = analysis.by_operator()
+    expected = sum(v for op, v in operators.items() if op not in ELEMENTWISE)
+    fresh = timm.create_model(name).train()
+    assert count_flops(fresh, x) == pytest.approx(2 * expected, rel=0.01)
+    assert fresh.training
+
+
+def test_fused_attention_is_counted() -> None:
+    attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    x = torch.zeros(1, 50, 64)
+    projections = 2 * 50 * 64 * (3 * 64 + 64)
+    products = 2 * 2 * 50 * 50 * 64
+    found = count_flops(attention, x, lambda module, inputs: module(inputs, inputs, inputs))
+    assert found == projections + products
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_balance() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    assert flops_balance(small_net(width=32), small_net(width=8), x) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="no convolution or matrix product"):
+        flops_balance(nn.Identity(), small_net(), x)

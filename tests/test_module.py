@@ -1,0 +1,139 @@
+"""DuoModule: its three modes, and what survives saving and moving."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import small_net
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_duo import DuoModule, DuoOutput, Temperatures
+
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def make_duo(**options: object) -> DuoModule:
+    torch.manual_seed(0)
+    return DuoModule(small_net(width=32), small_net(), Temperatures(1.5, 0.7), **options).eval()
+
+
+def test_weighted_mode_is_the_weighted_sum() -> None:
+    duo = make_duo(threshold=0.4)
+    output = duo(X)
+    z = 1.5 * duo.base(X).double() + 0.7 * duo.sidekick(X).double()
+    probs = z.softmax(1)
+    assert isinstance(output, DuoOutput)
+    torch.testing.assert_close(output.probs.double(), probs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(duo.logits(X).double(), z, rtol=1e-5, atol=1e-6)
+    assert torch.equal(output.prediction, probs.argmax(1))
+    assert torch.equal(output.accept, output.confidence >= 0.4)
+    assert 0 < output.accept.sum() < len(X)
+
+
+def test_unweighted_mode_is_the_mean() -> None:
+    duo = make_duo(mode="unweighted")
+    assert duo.temperatures.tolist() == [0.5, 0.5]
+    mean = (duo.base(X) + duo.sidekick(X)) / 2
+    torch.testing.assert_close(duo(X).probs, mean.softmax(1))
+
+
+def test_uq_only_mode_keeps_the_predictions_of_the_base() -> None:
+    duo = make_duo(mode="uq_only")
+    output = duo(X)
+    prediction = duo.base(X).argmax(1)
+    assert torch.equal(output.prediction, prediction)
+    expected = duo.logits(X).softmax(1).gather(1, prediction[:, None]).squeeze(1)
+    torch.testing.assert_close(output.confidence, expected)
+
+
+@pytest.mark.parametrize("mode", ["weighted", "unweighted", "uq_only"])
+def test_save_and_load(mode: str, tmp_path: Path) -> None:
+    duo = make_duo(mode=mode, threshold=0.3)
+    duo.save(tmp_path / "new" / "duo.safetensors")
+    torch.manual_seed(1)
+    loaded = DuoModule.load(tmp_path / "new" / "duo.safetensors", small_net(width=32), small_net())
+    assert loaded.mode == mode
+    assert not loaded.training
+    for mine, theirs in zip(loaded(X), duo(X), strict=True):
+        assert torch.equal(mine, theirs)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["duo.safetensors"]
+
+
+def test_shared_and_channels_last_weights_can_be_saved(tmp_path: Path) -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(4))
+    conv(X)
+    duo = DuoModule(conv.to(memory_format=torch.channels_last), conv, (1.0, 0.5)).eval()
+    duo.save(tmp_path / "duo.safetensors")
+    loaded = DuoModule.load(tmp_path / "duo.safetensors", *[(m := copy.deepcopy(conv)), m])
+    assert torch.equal(loaded(X).probs, duo(X).probs)
+
+
+def test_loading_what_does_not_fit_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "duo.safetensors"
+    make_duo().save(path)
+    with pytest.raises(ValueError, match="does not fit these modules"):
+        DuoModule.load(path, small_net(width=8), small_net())
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a duo saved by"):
+        DuoModule.load(tmp_path / "other.safetensors", small_net(), small_net())
+    with pytest.raises(FileNotFoundError):
+        DuoModule.load(tmp_path / "none.safetensors", small_net(), small_net())
+
+
+def test_half_precision_keeps_the_temperatures_exact() -> None:
+    duo = make_duo(threshold=0.1234567)
+    duo.temperatures.copy_(torch.tensor([1.23456789, 0.7654321]))
+    before = (duo.temperatures.clone(), duo.threshold.clone())
+    duo = duo.to(torch.bfloat16)
+    assert duo.base[1].weight.dtype == torch.bfloat16
+    assert torch.equal(duo.temperatures, before[0])
+    assert torch.equal(duo.threshold, before[1])
+    assert duo(X.bfloat16()).probs.dtype == torch.float32
+
+
+def test_state_dict_deepcopy_and_device_moves() -> None:
+    duo = make_duo()
+    other = copy.deepcopy(duo)
+    assert {"temperatures", "threshold"} <= set(duo.state_dict())
+    other.load_state_dict(duo.state_dict())
+    assert torch.equal(other(X).probs, duo(X).probs)
+    assert duo.to("meta").temperatures.device.type == "meta"
+
+
+def test_members_may_return_objects_and_other_dtypes() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net().eval()
+
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.net(x).half())
+
+    duo = DuoModule(Wrapped(), small_net(), (1.0, 1.0)).eval()
+    assert duo(X).probs.shape == (64, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatures": (1.0, -0.1)}, "at least 0"),
+        ({"temperatures": (1.0, float("nan"))}, "finite"),
+        ({"temperatures": (1.0,)}, "two finite numbers"),
+        ({"mode": "mean"}, "mode must be one of"),
+        ({"threshold": 98.0}, r"threshold must be a confidence in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict, message: str) -> None:
+    arguments = {"temperatures": (1.0, 1.0), **options}
+    with pytest.raises(ValueError, match=message):
+        DuoModule(small_net(), small_net(), **arguments)
+
+
+def test_bad_members_are_named() -> None:
+    with pytest.raises(ValueError, match="give both the same number of classes"):
+        DuoModule(small_net(4), small_net(5), (1.0, 1.0)).eval()(X)
+    with pytest.raises(ValueError, match="the sidekick of a DuoModule must return"):
+        DuoModule(small_net(), nn.Identity(), (1.0, 1.0)).eval()(X)

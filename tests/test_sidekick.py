@@ -1,0 +1,157 @@
+"""How sidekicks are built, and what is said when they cannot be."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import Classifier, small_net
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_duo import DuoCallback, sidekick
+from lightning_duo.sidekick import Sidekick, build_sidekick
+
+X = torch.randn(2, 3, 64, 64)
+SMALL = "resnet10t"
+
+
+@pytest.mark.parametrize(
+    "source", [SMALL, "torchvision/shufflenet_v2_x0_5", "torchvision/squeezenet1_1"]
+)
+def test_named_sidekicks_have_the_wanted_classes_and_no_opinion(source: str) -> None:
+    model = build_sidekick(source, 7, pretrained=False).eval()
+    assert torch.equal(model(X), torch.zeros(2, 7))
+    head = sidekick.head_parameters(model)
+    assert 1 <= len(head) <= 2
+    assert head[0][1].shape[0] == 7
+
+
+def test_modules_and_callables() -> None:
+    own = small_net()
+    assert build_sidekick(own, 4) is own
+    assert build_sidekick(lambda k: nn.Linear(3, k), 9).out_features == 9
+    with pytest.raises(TypeError, match=r"must return an nn\.Module, got int"):
+        build_sidekick(lambda k: k, 9)
+    with pytest.raises(TypeError, match="got int"):
+        build_sidekick(3, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resnt34", "'resnet34'"),
+        ("torchvision/resnet_34", "'torchvision/resnet34'"),
+        ("torchvision/vit_b16", "'torchvision/vit_b_16'"),
+        ("efficientnet-b0", "'efficientnet_b0'"),
+    ],
+)
+def test_unknown_names_are_refused_at_once_with_near_ones(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"no model is called '{name}': did you mean .*{near}"):
+        DuoCallback(sidekick=name)
+
+
+@pytest.mark.parametrize("name", [SMALL, "torchvision/shufflenet_v2_x0_5"])
+def test_without_network_both_remedies_are_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"pretrained weights .*weights=.*pretrained=False"):
+        build_sidekick(name, 4)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth", "ckpt"])
+@pytest.mark.parametrize("classes", [1000, 5])
+def test_local_weights(ending: str, classes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = timm.create_model(SMALL, num_classes=classes).eval()
+    path = tmp_path / f"weights.{ending}"
+    if ending == "safetensors":
+        save_file(trained.state_dict(), path)
+    else:
+        state = trained.state_dict()
+        torch.save({"state_dict": state} if ending == "ckpt" else state, path)
+    model = build_sidekick(SMALL, 5, weights=path).eval()
+    assert torch.equal(model.forward_features(X), trained.forward_features(X))
+    if classes == 5:
+        assert torch.equal(model(X), trained(X))
+    else:
+        assert torch.equal(model(X), torch.zeros(2, 5))
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit ResNet: \d+ tensors missing"):
+        build_sidekick(SMALL, 5, weights=tmp_path / "w.safetensors")
+
+
+def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"a": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        build_sidekick(SMALL, 5, weights=tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_arguments_that_contradict() -> None:
+    with pytest.raises(FileNotFoundError, match="no/such/file"):
+        DuoCallback(sidekick=SMALL, weights="no/such/file")
+    with pytest.raises(ValueError, match="goes with a model name"):
+        DuoCallback(sidekick=small_net(), weights="w.pth")
+    with pytest.raises(ValueError, match="num_classes must be at least 2"):
+        DuoCallback(sidekick=SMALL, num_classes=1)
+    with pytest.raises(ValueError, match="probe must be a fraction"):
+        DuoCallback(sidekick=SMALL, probe=3)
+    with pytest.raises(TypeError, match="sidekick_transform must be callable"):
+        DuoCallback(sidekick=SMALL, sidekick_transform=96)
+
+
+def test_building_leaves_the_random_streams_alone() -> None:
+    before = torch.get_rng_state()
+    make = Sidekick(SMALL, num_classes=None, pretrained=False, weights=None, transform=None)
+    make.build(4, None, pretrained=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class TimmBase(Classifier):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.net = timm.create_model(name)
+
+
+def test_inputs_are_renormalised_where_both_models_state_how_they_normalise() -> None:
+    base, model = TimmBase("tf_efficientnet_lite0"), timm.create_model(SMALL)
+    pixels = torch.rand(2, 3, 64, 64)
+    transform = sidekick.input_transform(model, base, (pixels - 0.5) / 0.5)
+    mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
+    std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
+    torch.testing.assert_close(transform((pixels - 0.5) / 0.5), (pixels - mean) / std)
+    assert sidekick.input_transform(model, TimmBase("resnet18"), pixels) is None
+    assert sidekick.input_transform(model, Classifier(), pixels) is None
+
+
+def test_inputs_are_resized_for_a_model_of_one_size() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    transform = sidekick.input_transform(vit, Classifier(), X)
+    assert vit(transform(X)).shape == (2, 3)
+    assert sidekick.input_transform(vit, Classifier(), torch.zeros(2, 5)) is None
+
+
+def test_a_sidekick_that_gives_no_logits_is_named() -> None:
+    with pytest.raises(ValueError, match=r"sidekick must return .*got \(2, 3, 64, 64\)"):
+        sidekick.sidekick_logits(nn.Identity(), X)
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple:
+            return (x, x)
+
+    with pytest.raises(ValueError, match="got tuple"):
+        sidekick.sidekick_logits(Pair(), X)
