@@ -131,6 +131,10 @@ class DuoCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._module = pl_module
+        if stage == "fit":
+            # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
+            # otherwise, which is read after this.
+            self._training_state = None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"DuoCallback runs on one device or with DDP, not with "

@@ -99,7 +99,7 @@ def save_risk_coverage_figure(
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    styles = ["-", "--", ":", "-."]
+    styles = ["--", ":", "-", "-."]
     for i, (name, (confidence, correct)) in enumerate(models.items()):
         curve = risk_coverage_curve(confidence, correct)
         area = 100 * float(curve.risk.double().mean())

@@ -212,6 +212,15 @@ class StopAfter(L.Callback):
             trainer.should_stop = True
 
 
+def test_a_second_fit_trains_afresh() -> None:
+    duo, module, _ = fitted()
+    before = duo._sidekick.model[5].weight.clone()
+    trainer = make_trainer(duo)
+    trainer.fit(module, loader(TRAIN), loader(VAL))
+    assert not torch.equal(duo._sidekick.model[5].weight, before)
+    assert duo._training_state["updates"] == trainer.global_step == 30
+
+
 def test_validate_refits_for_the_checkpoint(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path, filename="first", save_top_k=1, every_n_epochs=1)
     duo, module, trainer = fitted(first, enable_checkpointing=True, max_epochs=1)
