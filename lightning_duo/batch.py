@@ -126,7 +126,7 @@ class BaseLogits:
         self.logits_fn = logits_fn
         self._seen: list[tuple[Any, Tensor]] = []
         self._handle: RemovableHandle | None = None
-        self._announced = self._doubted = False
+        self._announced = self._doubted = self._compared = False
 
     def watch(self, module: nn.Module) -> None:
         """Record what the module's forward returns in the step that begins, until `unwatch`."""
@@ -187,6 +187,9 @@ class BaseLogits:
         fitting = [(x, logits) for x, logits in seen if len(logits) == len(targets)]
         same_input = [logits for x, logits in fitting if x is inputs]
         candidates = same_input or [logits for _, logits in fitting]
+        if len(candidates) == 1 and not self._compared:
+            self._compared = True
+            self._compare(fitting, inputs)
         if len(candidates) > 1:
             raise ValueError(
                 f"the step called the module's forward {len(candidates)} times and each gave "
@@ -195,6 +198,29 @@ class BaseLogits:
                 "DuoCallback(..., logits_fn=lambda module, inputs: ...)"
             )
         return candidates[0] if candidates else None
+
+    def _compare(self, calls: list[tuple[Any, Tensor]], inputs: Any) -> None:
+        """Say where the step does more with its forward than the duo will."""
+        argument = calls[0][0]
+        same = argument is inputs or (
+            isinstance(argument, Tensor)
+            and isinstance(inputs, Tensor)
+            and torch.equal(argument, inputs)
+        )
+        if len(calls) > 1 or not same:
+            what = f"calls forward {len(calls)} times" if same else "changes the batch's inputs"
+            rank_zero_warn(
+                f"DuoCallback: the step {what} before it has its logits, but the duo calls forward "
+                "once, on the inputs as they are in the batch; pass DuoCallback(..., "
+                "logits_fn=lambda module, inputs: ...) that does all the step does"
+            )
+
+    def num_classes(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> int:
+        """K, from any logits of the batch whose step just returned ``outputs``."""
+        widths = {logits.shape[1] for _, logits in self._seen if len(logits) == len(targets)}
+        if self.logits_fn is None and as_logits(outputs) is None and len(widths) == 1:
+            return widths.pop()
+        return self.of(module, outputs, inputs, targets).shape[1]
 
     def _extra_forward(self, module: nn.Module, inputs: Any) -> Tensor:
         if not self._announced:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -19,7 +20,7 @@ from lightning_duo.metrics import DuoMetrics
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.sidekick import Sidekick, SidekickSource
-from lightning_duo.temperature import TemperatureFit, fit_temperatures
+from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
 STATE_VERSION = 1
@@ -37,7 +38,7 @@ class DuoCallback(Callback):
     numbers are left as they would be without the callback.
 
     With several dataloaders the first validation loader fits; the metrics of further loaders have
-    ``/dataloader_idx_<i>`` behind their names.
+    ``/loader_<i>`` behind their names, i = 1, 2, ...
 
     Args:
         sidekick: A timm name ("resnet34"), "torchvision/<name>", an ``nn.Module``, or a callable
@@ -107,6 +108,7 @@ class DuoCallback(Callback):
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
         self._seen_step = 0
+        self._restored = False
         self._collected: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._metrics: dict[int, DuoMetrics] = {}
 
@@ -130,11 +132,22 @@ class DuoCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._module = pl_module
         if stage == "fit":
             # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
-            # otherwise, which is read after this.
-            self._training_state = None
+            # otherwise, which is read after this. For another base it is another sidekick.
+            self._training = self._training_state = None
+            if self._module is not None and self._module is not pl_module:
+                self._sidekick.forget()
+                self.fit, self.fitted_at_step, self.results = None, -1, {}
+        self._module, self._restored = pl_module, False
+        if any(
+            isinstance(callback, ModelCheckpoint) and callback.save_weights_only
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            rank_zero_warn(
+                "DuoCallback: ModelCheckpoint(save_weights_only=True) leaves the sidekick and the "
+                "temperatures out of the checkpoint; save them with callback.module.save(path)"
+            )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"DuoCallback runs on one device or with DDP, not with "
@@ -154,10 +167,24 @@ class DuoCallback(Callback):
                     "validation_step"
                 )
 
+    def _check_restored(self, trainer: Trainer) -> None:
+        """A checkpoint without duo state must not be paired with what is in memory unsaid."""
+        if trainer.ckpt_path is None or self._restored:
+            return
+        what = f"the checkpoint {trainer.ckpt_path} holds no state of DuoCallback"
+        if trainer.testing:
+            raise MisconfigurationException(
+                f"{what}, so there is no sidekick and no temperatures that belong to it; save with "
+                "DuoCallback and save_weights_only=False, or refit with trainer.validate first and "
+                "test without ckpt_path"
+            )
+        rank_zero_warn(f"DuoCallback: {what}; the sidekick goes on from what is in memory")
+
     # ---- training ----
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_restored(trainer)
         self._seen_step = trainer.global_step
 
     @override
@@ -176,17 +203,21 @@ class DuoCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        inputs, targets = self._pair.read_batch(batch)
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+            inputs, targets = self._pair.read_batch(batch)
         first = self._training is None
         if self._training is None:
             self._training = self._begin(trainer, pl_module, outputs, inputs, targets)
         # Reading values back from an accelerator stalls it, so later batches rely on the loss.
         look = first or targets.device.type == "cpu"
         targets = check_targets(targets, self._sidekick.num_classes or 0, values=look)
-        update = trainer.global_step > self._seen_step
+        # The Trainer foresees one step a batch where the module steps its optimizers itself.
+        manual = not pl_module.automatic_optimization
+        update = manual or trainer.global_step > self._seen_step
         self._seen_step = trainer.global_step
-        seen = self._sidekick.inputs(pl_module, inputs)
-        loss = self._training.step(seen, targets, update=update)
+        loss = self._training.step(
+            lambda: self._sidekick.inputs(pl_module, inputs), targets, update=update
+        )
         pl_module.log("sidekick/train_nll", loss, prog_bar=True, on_step=True, on_epoch=False)
 
     def _begin(
@@ -200,10 +231,10 @@ class DuoCallback(Callback):
         num_classes = self._sidekick.num_classes
         if num_classes is None:
             with isolate_rng():
-                num_classes = self._pair.base.of(pl_module, outputs, inputs, targets).shape[1]
+                num_classes = self._pair.base.num_classes(pl_module, outputs, inputs, targets)
             self._pair.base.unwatch()
         model = self._pair.build(trainer, pl_module, num_classes)
-        return SidekickTrainer(model, self._recipe, trainer, self._training_state)
+        return SidekickTrainer(model, num_classes, self._recipe, trainer, self._training_state)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,9 +267,7 @@ class DuoCallback(Callback):
         self._pair.base.unwatch()
         self._collected.clear()
         self._metrics.clear()
-        if self._training is not None:
-            self._training_state = self._training.state_dict()
-            self._training = None
+        self._stop_training()
         if self._sidekick.model is not None:
             self._sidekick.model.to(pl_module.device)
 
@@ -247,12 +276,21 @@ class DuoCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._pair.base.unwatch()
+        self._stop_training()
+
+    def _stop_training(self) -> None:
+        if self._training is not None:
+            self._training.stop()
+            self._training_state = self._training.state_dict()
+            self._training = None
 
     # ---- evaluation ----
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collected.clear()
+        if trainer.validating:
+            self._check_restored(trainer)
 
     @override
     def on_validation_batch_start(
@@ -304,7 +342,7 @@ class DuoCallback(Callback):
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
                 metrics.update(base[part], sidekick[part], targets[part])
-            self._log(pl_module, "val", index, metrics)
+            self._log(trainer, pl_module, ("val", index), metrics)
         pl_module.log("duo/temperature_base", self.fit.temperatures.base)
         pl_module.log("duo/temperature_sidekick", self.fit.temperatures.sidekick)
         self._collected.clear()
@@ -321,6 +359,7 @@ class DuoCallback(Callback):
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_restored(trainer)
         if self.fit is None:
             raise MisconfigurationException(
                 "DuoCallback cannot test without temperatures: run trainer.fit or trainer.validate "
@@ -352,21 +391,32 @@ class DuoCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         logits = self._pair.logits(trainer, pl_module, outputs, batch)
+        check_samples(*logits)
         self._metrics[dataloader_idx].update(*logits)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pair.base.unwatch()
         for index, metrics in sorted(self._metrics.items()):
-            self._log(pl_module, "test", index, metrics)
+            self._log(trainer, pl_module, ("test", index), metrics)
 
-    def _log(self, pl_module: LightningModule, stage: str, index: int, metrics: DuoMetrics) -> None:
-        results = metrics.to(pl_module.device).compute()
-        suffix = f"/dataloader_idx_{index}" if index else ""
+    def _log(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        measured: tuple[str, int],
+        metrics: DuoMetrics,
+    ) -> None:
+        """Log the metrics of a stage's dataloader, and keep them."""
+        stage, index = measured
+        if trainer.world_size > 1:  # processes exchange what is on their devices
+            metrics = metrics.to(pl_module.device)
+        results = metrics.compute()
+        suffix = f"/loader_{index}" if index else ""
         self.results[stage + suffix] = results
         for model in LOGGED:
             for metric, value in results[model].items():
-                pl_module.log(f"{model}/{stage}_{metric}{suffix}", value, add_dataloader_idx=False)
+                pl_module.log(f"{model}/{stage}_{metric}{suffix}", value)
 
     # ---- checkpoints ----
 
@@ -383,6 +433,7 @@ class DuoCallback(Callback):
             "training": training,
             "fit": self.fit and self.fit.state_dict(),
             "fitted_at_step": self.fitted_at_step,
+            "step": self._seen_step,
         }
 
     @override
@@ -408,6 +459,13 @@ class DuoCallback(Callback):
         self._training_state = state_dict["training"]
         self.fit = state_dict["fit"] and TemperatureFit.from_state_dict(state_dict["fit"])
         self.fitted_at_step = state_dict["fitted_at_step"]
+        self._training, self._restored = None, True
+        if self.fit is not None and self.fitted_at_step != state_dict["step"]:
+            rank_zero_warn(
+                f"DuoCallback: the checkpoint is of step {state_dict['step']}, but its "
+                f"temperatures were fitted at step {self.fitted_at_step}; refit them with "
+                "trainer.validate"
+            )
         rank_zero_info(f"DuoCallback: sidekick {saved[0]!r} restored from the checkpoint")
 
 

@@ -15,7 +15,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_duo.sidekick import head_parameters, sidekick_logits
 
@@ -50,7 +56,13 @@ class Recipe:
     def make_scheduler(self, optimizer: Optimizer, steps: int | None) -> LRScheduler:
         """Scheduler of a phase of that many optimizer steps; None if it has no known end."""
         if self.lr_scheduler is not None:
-            return self.lr_scheduler(optimizer)
+            scheduler = self.lr_scheduler(optimizer)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise MisconfigurationException(
+                    "the sidekick's lr_scheduler is stepped after every update without a metric, "
+                    "so ReduceLROnPlateau cannot be used; pass another scheduler"
+                )
+            return scheduler
         warmup = 100 if steps is None else max(1, round(0.05 * steps))
         rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         if steps is None:
@@ -67,13 +79,19 @@ class SidekickTrainer:
 
     Args:
         model: The sidekick.
+        num_classes: K.
         recipe: How to train it.
         trainer: The user's Trainer; training is about to start.
         state: What `state_dict` gave, to go on from there.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, trainer: Trainer, state: dict[str, Any] | None
+        self,
+        model: nn.Module,
+        num_classes: int,
+        recipe: Recipe,
+        trainer: Trainer,
+        state: dict[str, Any] | None,
     ) -> None:
         self.model, self.recipe, self.trainer = model, recipe, trainer
         self._trainable = [p for p in model.parameters() if p.requires_grad]
@@ -85,7 +103,7 @@ class SidekickTrainer:
         self.updates = self.batches = 0
         self.seed = torch.initial_seed()
         self.total = self._total_updates()
-        head = {id(p) for _, p in head_parameters(model)}
+        head = {id(p) for _, p in head_parameters(model, num_classes)}
         self._head = [p for p in self._trainable if id(p) in head]
         self.probe_updates = round(recipe.probe * (self.total or 0)) if self._head else 0
         if recipe.probe and not self.probe_updates and not self._head:
@@ -108,14 +126,14 @@ class SidekickTrainer:
 
     def _total_updates(self) -> int | None:
         total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
+        if not 0 < total < float("inf"):
             rank_zero_warn(
-                "DuoCallback: the Trainer does not know when training ends (max_epochs=-1 and no "
-                "max_steps), so the sidekick trains without a linear probe at a constant learning "
-                "rate; set max_epochs or max_steps for the full recipe"
+                "DuoCallback: the Trainer does not know when training ends (no max_epochs, or a "
+                "train loader without length), so the sidekick trains without a linear probe at a "
+                "constant learning rate; set max_steps for the full recipe"
             )
             return None
-        return max(1, int(total))
+        return int(total)
 
     def _enter_phase(self) -> None:
         probing = self.probing
@@ -135,11 +153,16 @@ class SidekickTrainer:
                 self.model, device_ids=strategy.determine_ddp_device_ids()
             )
 
-    def step(self, inputs: Any, targets: Tensor, *, update: bool) -> Tensor:
+    def stop(self) -> None:
+        """Leave the model as trainable as it was given."""
+        for p in self._trainable:
+            p.requires_grad_(True)
+
+    def step(self, make_inputs: Callable[[], Any], targets: Tensor, *, update: bool) -> Tensor:
         """Learn from a batch.
 
         Args:
-            inputs: The sidekick's inputs, already transformed.
+            make_inputs: Gives the sidekick's inputs; may draw random numbers.
             targets: True classes, shape (N,), int64.
             update: Whether this batch ends an accumulation window.
 
@@ -154,7 +177,7 @@ class SidekickTrainer:
             torch.manual_seed((self.seed + 1_000_003 * step_seed) % 2**63)
             with self._gradients_synced(update):
                 with self.trainer.precision_plugin.train_step_context():
-                    logits = sidekick_logits(self._parallel, inputs)
+                    logits = sidekick_logits(self._parallel, make_inputs())
                     loss = nn.functional.cross_entropy(logits.float(), targets)
                 accumulated = loss / self.trainer.accumulate_grad_batches
                 torch.autograd.backward(self.scaler.scale(accumulated))

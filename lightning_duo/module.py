@@ -101,7 +101,9 @@ class DuoModule(nn.Module):
     def logits(self, x: Any) -> Tensor:
         """Weighted sum of both models' logits, shape (N, K), float32."""
         base, sidekick = self.member_logits(x)
-        return self.temperatures[0] * base.float() + self.temperatures[1] * sidekick.float()
+        masked = (base == -torch.inf) | (sidekick == -torch.inf)
+        logits = self.temperatures[0] * base.float() + self.temperatures[1] * sidekick.float()
+        return logits.masked_fill(masked, -torch.inf)
 
     def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
         """Logits of base and sidekick, each (N, K), of one dtype.
@@ -120,7 +122,7 @@ class DuoModule(nn.Module):
                 f"base and sidekick must give logits of one shape, got {tuple(base.shape)} and "
                 f"{tuple(sidekick.shape)}; give both the same number of classes"
             )
-        if base.dtype != sidekick.dtype:
+        if base.dtype != sidekick.dtype or base.dtype == torch.float64:
             base, sidekick = base.float(), sidekick.float()
         return base, sidekick
 

@@ -49,9 +49,10 @@ class Pair:
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both models (N, K) and targets (N,) of a batch, on the CPU."""
-        inputs, targets = self.read_batch(batch)
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-            base = self.base.of(pl_module, outputs, inputs, targets)
+            inputs, targets = self.read_batch(batch)
+            with trainer.precision_plugin.val_step_context():
+                base = self.base.of(pl_module, outputs, inputs, targets)
             classes = base.shape[1]
             if self.sidekick.num_classes not in (None, classes):
                 raise ValueError(
@@ -81,7 +82,7 @@ class Pair:
                 base = count_flops(module, self._example, self.base.logits_fn or call_base)
                 sidekick = count_flops(self.sidekick.deployable(), self._example)
         except Exception as error:  # the user's forward may want more than a batch of one
-            rank_zero_warn(f"DuoCallback: could not count the base's FLOPs: {error}")
+            rank_zero_warn(f"DuoCallback: the FLOPs of base and sidekick are unknown: {error}")
             return None
         return sidekick / base if base else None
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +57,11 @@ def check_source(source: SidekickSource, weights: str | Path | None) -> None:
 
         names = timm.list_models()
         known = timm.is_model(source)
+        tagged = timm.list_pretrained(f"{source.split('.')[0]}.*") if "." in source else []
+        if known and "." in source and source not in tagged:
+            raise ValueError(
+                f"timm has no weights called {source!r}; it has {', '.join(tagged) or 'none'}"
+            )
     if not known:
         near = difflib.get_close_matches(source.split(".")[0], names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it"
@@ -123,8 +129,9 @@ def build_sidekick(
     if not trained_head:
         # A linear probe starts from no opinion; some architectures draw heads so large that a
         # short probe could not undo them.
-        for _, parameter in head_parameters(model):
-            nn.init.zeros_(parameter)
+        for layer in _final_layers(model, num_classes):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
     return model
 
 
@@ -150,11 +157,22 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"the weights in {path} are more than tensors, so they are not loaded; save the "
+            f"model's state_dict() instead ({str(error).splitlines()[0]})"
+        ) from error
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    return dict(state)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{path} holds no state dict (name -> tensor), but a {type(state).__name__}"
+        )
+    # Left by DistributedDataParallel and torch.compile.
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
 
 
 def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> bool:
@@ -189,16 +207,44 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> bo
     return not resized
 
 
-def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of the final classifier: timm names it, else the last linear layer is it."""
-    head: Any = None
+def _final_layers(model: nn.Module, num_classes: int | None) -> list[nn.Module]:
+    """Layers that give the class scores: linear, or convolutions in some architectures.
+
+    Those of timm's classifier, which may hold hidden layers and several heads too; else the last
+    of the model.
+    """
+
+    def outputs(module: nn.Module) -> list[nn.Module]:
+        layers: list[nn.Module] = [
+            m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)
+        ]
+        if num_classes is None:
+            return layers[-1:]
+        widths = [getattr(m, "out_features", getattr(m, "out_channels", 0)) for m in layers]
+        return [m for m, width in zip(layers, widths, strict=True) if width == num_classes]
+
     if callable(getattr(model, "get_classifier", None)):
         head = model.get_classifier()  # type: ignore[operator]
-    else:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        head = layers[-1] if layers else None
-    parts = head if isinstance(head, list | tuple | nn.ModuleList) else [head]
-    wanted = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+        parts = head if isinstance(head, list | tuple | nn.ModuleList) else [head]
+        return [layer for part in parts if isinstance(part, nn.Module) for layer in outputs(part)]
+    return outputs(model)[-1:]
+
+
+def head_parameters(
+    model: nn.Module, num_classes: int | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of the classifier: timm names it; else it is the last linear layer with K outputs.
+
+    Args:
+        model: The sidekick.
+        num_classes: K; None takes the last linear layer whatever its outputs.
+    """
+    head: list[nn.Module] = _final_layers(model, num_classes)
+    if callable(getattr(model, "get_classifier", None)):
+        named = model.get_classifier()  # type: ignore[operator]
+        parts = named if isinstance(named, list | tuple | nn.ModuleList) else [named]
+        head = [part for part in parts if isinstance(part, nn.Module)]
+    wanted = {id(p) for part in head for p in part.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
 
 
@@ -230,7 +276,9 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
         if wanted != list(inputs.shape[-2:]):
             steps.append(v2.Resize(wanted, antialias=True))
     stated = [found for part in base.modules() if (found := _data_config(part))]
-    if len(stated) == 1 and config.get("mean") and stated[0].get("mean"):
+    channels = inputs.shape[1]
+    means = [found.get("mean") or () for found in (*stated, config)]
+    if len(stated) == 1 and all(len(mean) == channels for mean in means):
         mean_base, std_base = (torch.tensor(stated[0][key]) for key in ("mean", "std"))
         mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
         if not (torch.allclose(mean_base, mean) and torch.allclose(std_base, std)):
@@ -276,7 +324,7 @@ class Sidekick:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if transform is not None and not callable(transform):
             raise TypeError("sidekick_transform must be callable: inputs -> the sidekick's inputs")
-        self.source, self.num_classes = source, num_classes
+        self.source, self.num_classes, self._given_classes = source, num_classes, num_classes
         self.pretrained, self.weights = pretrained, weights
         self.model: nn.Module | None = None
         self._transform = transform
@@ -309,6 +357,11 @@ class Sidekick:
                     pretrained=pretrained and self.pretrained,
                     weights=weights,
                 )
+            if self.num_classes is None:
+                rank_zero_info(
+                    f"DuoCallback: sidekick {self.name!r} has {num_classes} classes, as the base's "
+                    "logits do"
+                )
             self.num_classes = num_classes
         own = {id(p) for p in self.model.parameters()}
         if base is not None and any(id(p) in own for p in base.parameters()):
@@ -317,6 +370,11 @@ class Sidekick:
                 "(copy.deepcopy it)"
             )
         return self.model
+
+    def forget(self) -> None:
+        """Drop a model that was built for another base; a module of the user's own stays."""
+        if not isinstance(self.source, nn.Module):
+            self.model, self.num_classes = None, self._given_classes
 
     def inputs(self, base: nn.Module, inputs: Any) -> Any:
         """What the sidekick sees of the base's inputs."""

@@ -13,6 +13,7 @@ MAX_PASSES = 12
 TOLERANCE = 1e-12  # stop when a full Newton step promises to gain less NLL than this
 RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
 TINY = 1e-30
+EQUAL = 1e-9  # difference in NLL that is none
 ROUNDING = 1e-12  # relative; two sums that differ by less are equal
 STEP_LENGTHS = (8.0, 2.0, 1.0, 0.5, 0.25, 0.0625)  # in Newton steps; tried in one pass
 
@@ -49,8 +50,9 @@ class TemperatureFit:
     nll_sidekick: float
     """NLL of the sidekick at ``scaled_sidekick``."""
     status: Status
-    """``converged``: the optimum. ``separable``: every sample can be made as sure as one likes, so
-    no finite optimum exists; the temperatures are finite and reach an NLL that rounds to 0.
+    """``converged``: the optimum. ``separable``: every target beats all other classes and can be
+    made as sure as one likes, so no finite optimum exists; the temperatures are finite and reach
+    an NLL that rounds to 0.
     ``pass_limit``: stopped after 12 passes with the best temperatures seen."""
     passes: int
     """Times all logits were read to fit; the three optima are found in the same passes."""
@@ -108,17 +110,17 @@ def fit_temperatures(
     """
     reduce = reduce or (lambda sums: sums)
     _check_shapes(base_logits, sidekick_logits, targets)
-    count, masked = _check_values(base_logits, sidekick_logits, targets, reduce)
+    count, masked = check_samples(base_logits, sidekick_logits, targets, reduce)
     data = _Data(base_logits, sidekick_logits, targets, count, masked, reduce)
     sample = data.sample()
     # Most of the way is found on a few rows; all of them are then read two or three times.
     rough = _run(sample, {})[0] if sample else {}
     optima, passes = _run(data, rough)
     duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
-    # Each search stops about TOLERANCE above its optimum. A model alone that is better by more
-    # replaces the duo; within it the two are equal (say, identical models) and so reported.
+    # Each search stops a little above its optimum. A model alone that is better than the duo by
+    # more replaces it; within EQUAL the two are equal (say, collinear models) and so reported.
     alone = min(base, sidekick, key=lambda optimum: optimum.nll)
-    if alone.nll < duo.nll - 10 * TOLERANCE:
+    if alone.nll < duo.nll - EQUAL:
         duo = alone
     return TemperatureFit(
         duo.temperatures,
@@ -390,10 +392,25 @@ def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         )
 
 
-def _check_values(
-    base: Tensor, sidekick: Tensor, targets: Tensor, reduce: Callable[[Tensor], Tensor]
+def check_samples(
+    base: Tensor,
+    sidekick: Tensor,
+    targets: Tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> tuple[int, bool]:
-    """Samples of all processes and whether any is masked; or raise, in all, what is wrong."""
+    """Count the samples of all processes, and say whether any class is masked.
+
+    Args:
+        base: Logits of the base, shape (N, K).
+        sidekick: Logits of the sidekick, shape (N, K).
+        targets: True classes, shape (N,).
+        reduce: As in `fit_temperatures`.
+
+    Raises:
+        ValueError: In every process, with the number of samples concerned and the first of them,
+            if targets are out of range or masked, logits are NaN or infinite, the two models mask
+            different classes, or there is no sample.
+    """
     classes = base.shape[1]
     in_range = (targets >= 0) & (targets < classes)
     target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
@@ -414,5 +431,5 @@ def _check_values(
             where = f"first rows {first}" if first else "in another process"
             raise ValueError(f"{number} of {count} samples have {problem} ({where})")
     if not count:
-        raise ValueError("fit_temperatures needs at least one sample, got none")
+        raise ValueError("a duo needs at least one sample to fit or measure, got none")
     return count, masks > 0

@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from helpers import NUM_CLASSES, Classifier, loader, make_trainer, small_images, small_net
@@ -320,7 +322,7 @@ def test_several_loaders_are_measured_apart_and_the_first_fits() -> None:
     base, targets = logits_of(module, VAL)
     expected = fit_temperatures(base, logits_of(duo._sidekick.model, VAL)[0], targets)
     assert duo.fit.temperatures == pytest.approx(expected.temperatures, rel=1e-5)
-    second = float(trainer.callback_metrics["base/val_nll/dataloader_idx_1"])
+    second = float(trainer.callback_metrics["base/val_nll/loader_1"])
     base, targets = logits_of(module, TEST)
     assert second == pytest.approx(float(nn.functional.cross_entropy(base, targets)), rel=1e-5)
 
@@ -445,3 +447,146 @@ def test_checkpoints_of_another_sidekick_are_refused(tmp_path: Path) -> None:
     state["version"] = 99
     with pytest.raises(ValueError, match="state of version 99"):
         make_duo().load_state_dict(state)
+
+
+# ---- what an adversary found ----
+
+
+def test_a_random_transform_leaves_the_base_alone_and_resumes() -> None:
+    def run(*callbacks: L.Callback) -> str:
+        L.seed_everything(3, verbose=False)
+        module = Classifier()
+        make_trainer(*callbacks).fit(module, loader(TRAIN, shuffle=True), loader(VAL))
+        draws = [torch.rand(4), torch.tensor(random.random()), torch.from_numpy(np.random.rand(3))]
+        return digest(module.state_dict(), draws)
+
+    def jitter(x: Tensor) -> Tensor:
+        random.random()
+        np.random.rand()
+        return x + 0.1 * torch.randn_like(x)
+
+    assert run(make_duo(sidekick_transform=jitter)) == run()
+
+
+def test_checkpoints_without_duo_state_are_not_paired_with_what_is_in_memory(
+    tmp_path: Path,
+) -> None:
+    light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True)
+    duo, module = make_duo(), Classifier()
+    trainer = make_trainer(duo, light, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="save_weights_only=True"):
+        trainer.fit(module, loader(TRAIN), loader(VAL))
+    path = str(tmp_path / "light.ckpt")
+    with pytest.raises(MisconfigurationException, match="holds no state of DuoCallback"):
+        trainer.test(module, loader(TEST), ckpt_path=path, verbose=False)
+    with pytest.warns(UserWarning, match="holds no state of DuoCallback"):
+        trainer.validate(module, loader(VAL), ckpt_path=path, verbose=False)
+    trainer.test(module, loader(TEST), verbose=False)
+
+
+def test_stale_temperatures_are_said(tmp_path: Path) -> None:
+    often = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    _, module, trainer = fitted(often, enable_checkpointing=True, max_epochs=2)
+    with pytest.warns(UserWarning, match="step 20, but its temperatures were fitted at step 15"):
+        trainer.test(module, loader(TEST), ckpt_path=str(tmp_path / "step=20.ckpt"), verbose=False)
+
+
+def test_an_interrupted_probe_goes_on_to_train_the_body(tmp_path: Path) -> None:
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    duo, module = make_duo(probe=0.5), Classifier()
+    first = make_trainer(duo, last, StopAfter(1), max_epochs=4, enable_checkpointing=True)
+    first.fit(module, loader(TRAIN), loader(VAL))
+    assert duo._training_state["updates"] < duo._training_state["probe_updates"]
+    before = duo._sidekick.model[1].weight.clone()
+    again = make_trainer(duo, max_epochs=4)
+    again.fit(module, loader(TRAIN), loader(VAL), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert duo._training_state["updates"] == 60
+    assert not torch.equal(duo._sidekick.model[1].weight, before)
+
+
+def test_after_an_exception_the_checkpoint_decides(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 22:
+                raise RuntimeError("power cut")
+
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    duo, module = make_duo(), Classifier()
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(duo, last, Fails(), max_epochs=4, enable_checkpointing=True).fit(
+            module, loader(TRAIN), loader(VAL)
+        )
+    again = make_trainer(duo, max_epochs=4)
+    again.fit(module, loader(TRAIN), loader(VAL), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert duo._training_state["updates"] == again.global_step == 60
+
+
+def test_another_base_gets_another_sidekick() -> None:
+    duo, _, _ = fitted()
+    first = duo._sidekick.model
+    make_trainer(duo).fit(Classifier(), loader(TRAIN), loader(VAL))
+    assert duo._sidekick.model is not first
+    assert duo._training_state["updates"] == 30
+
+
+def test_manual_optimization_follows_the_batches() -> None:
+    class Manual(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list, batch_idx: int) -> None:
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]) / 5)
+            if batch_idx % 5 == 4:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    duo = make_duo()
+    make_trainer(duo).fit(Manual(), loader(TRAIN), loader(VAL))
+    assert duo._training_state["updates"] == 30
+    assert duo._training_state["probe_updates"] == 9
+
+
+def test_a_train_loader_without_length_has_no_known_end() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> object:
+            return iter([TRAIN[i] for i in range(64)])
+
+    duo = make_duo()
+    with pytest.warns(UserWarning, match="does not know when training ends"):
+        make_trainer(duo).fit(Classifier(), DataLoader(Endless(), 16), loader(VAL))
+    assert duo._training_state["updates"] == 8
+
+
+def test_steps_that_change_the_inputs_are_said() -> None:
+    class Scales(Classifier):
+        def validation_step(self, batch: list, batch_idx: int) -> None:
+            self(batch[0] / 3)
+
+    with pytest.warns(UserWarning, match="changes the batch's inputs"):
+        make_trainer(make_duo()).fit(Scales(), loader(TRAIN), loader(VAL))
+
+
+def test_nan_at_test_is_named() -> None:
+    duo, module, trainer = fitted()
+    with torch.no_grad():
+        duo._sidekick.model[5].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"16 of 16 samples have NaN or \+inf sidekick logits"):
+        trainer.test(module, loader(TEST), verbose=False)
+
+
+def test_double_precision() -> None:
+    duo, module = make_duo(), Classifier()
+    make_trainer(duo, precision="64-true").fit(module, loader(TRAIN), loader(VAL))
+    assert duo.module(TEST.tensors[0].double()).probs.dtype == torch.float32
+
+
+def test_bf16_mixed() -> None:
+    duo = make_duo()
+    make_trainer(duo, precision="bf16-mixed").fit(Classifier(), loader(TRAIN), loader(VAL))
+    assert duo.fit.status == "converged"
+
+
+def test_schedulers_that_need_a_metric_are_refused() -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    refused(make_duo(lr_scheduler=plateau), MisconfigurationException, "ReduceLROnPlateau")

@@ -68,6 +68,11 @@ def test_masks_ties_nan_and_empty_batches() -> None:
     assert empty.prediction.shape == empty.confidence.shape == empty.entropy.shape == (0,)
 
 
+def test_probabilities_that_round_to_the_same_do_not_hide_the_prediction() -> None:
+    close = torch.tensor([[1e-9, 2e-9, 0.0]])
+    assert duo_head(close, close, torch.tensor([1.0, 0.0])).prediction == 1
+
+
 def test_gradients_reach_logits_and_temperatures() -> None:
     base, sidekick, _ = make_logits(4, 3, seed=1)
     t = torch.tensor([1.0, 0.5])

@@ -22,7 +22,7 @@ SMALL = "resnet10t"
 def test_named_sidekicks_have_the_wanted_classes_and_no_opinion(source: str) -> None:
     model = build_sidekick(source, 7, pretrained=False).eval()
     assert torch.equal(model(X), torch.zeros(2, 7))
-    head = sidekick.head_parameters(model)
+    head = sidekick.head_parameters(model, 7)
     assert 1 <= len(head) <= 2
     assert head[0][1].shape[0] == 7
 
@@ -96,7 +96,7 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"a": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(ValueError, match="more than tensors"):
         build_sidekick(SMALL, 5, weights=tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -155,3 +155,50 @@ def test_a_sidekick_that_gives_no_logits_is_named() -> None:
 
     with pytest.raises(ValueError, match="got tuple"):
         sidekick.sidekick_logits(Pair(), X)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m1", "caformer_s18", "resnet10t"])
+def test_every_new_head_can_learn(name: str) -> None:
+    """Heads with hidden layers or norms keep those; only the layer of the scores is zero."""
+    torch.manual_seed(0)
+    model = build_sidekick(name, 4, pretrained=False).eval()
+    x = torch.randn(4, 3, 224, 224)
+    logits = model(x)
+    assert torch.equal(logits, torch.zeros(4, 4))
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    weights = [p for n, p in sidekick.head_parameters(model, 4) if p.ndim > 1]
+    assert max(float(p.grad.abs().max()) for p in weights if p.grad is not None) > 0
+
+
+def test_the_head_is_the_layer_with_the_scores() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body = nn.Linear(8, 4), nn.Linear(192, 8)
+
+    names = [name for name, _ in sidekick.head_parameters(HeadFirst(), 4)]
+    assert names == ["head.weight", "head.bias"]
+    assert sidekick.head_parameters(HeadFirst(), 5) == []
+
+
+def test_unknown_tags_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"no weights called 'resnet18.nope'; it has .*a1_in1k"):
+        DuoCallback(sidekick="resnet18.nope")
+    DuoCallback(sidekick="resnet18.a1_in1k")
+
+
+def test_weights_in_odd_files(tmp_path: Path) -> None:
+    trained = timm.create_model(SMALL, num_classes=5).eval()
+    wrapped = {f"module._orig_mod.{k}": v for k, v in trained.state_dict().items()}
+    torch.save(wrapped, tmp_path / "ddp.pth")
+    model = build_sidekick(SMALL, 5, weights=tmp_path / "ddp.pth").eval()
+    assert torch.equal(model(X), trained(X))
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        build_sidekick(SMALL, 5, weights=tmp_path / "list.pth")
+
+
+def test_grey_images_are_not_renormalised_to_colour() -> None:
+    grey = TimmBase("tf_efficientnet_lite0")
+    assert sidekick.input_transform(timm.create_model(SMALL), grey, X[:, :1]) is None

@@ -59,9 +59,11 @@ def duo_head(
     _check(base_logits, sidekick_logits, temperatures)
     base, sidekick = base_logits.float(), sidekick_logits.float()
     masked = (base == -torch.inf) | (sidekick == -torch.inf)
-    logits = temperatures[0] * base + temperatures[1] * sidekick
-    probs = torch.softmax(logits.masked_fill(masked, -torch.inf), dim=-1)
-    prediction = (base if uq_only else probs).argmax(dim=-1)
+    weighted = temperatures[0] * base + temperatures[1] * sidekick
+    logits = weighted.masked_fill(masked, -torch.inf)
+    probs = torch.softmax(logits, dim=-1)
+    # Of the logits, as probabilities that differ may round to the same number.
+    prediction = (base if uq_only else logits).argmax(dim=-1)
     confidence = probs.gather(-1, prediction.unsqueeze(-1)).squeeze(-1)
     entropy = torch.special.entr(probs).sum(dim=-1)
     return HeadOutput(probs if return_probs else None, prediction, confidence, entropy)
