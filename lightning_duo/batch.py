@@ -64,6 +64,10 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
     Raises:
         ValueError: If they are soft, one-hot, multi-label, or outside 0..K-1.
     """
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"batch_fn must return (inputs, targets tensor), got {type(targets).__name__} as targets"
+        )
     if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"a duo needs one class index per sample: targets of shape (N,) and an integer dtype, "
