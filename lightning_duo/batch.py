@@ -66,7 +66,8 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
     """
     if not isinstance(targets, Tensor):
         raise ValueError(
-            f"batch_fn must return (inputs, targets tensor), got {type(targets).__name__} as targets"
+            "batch_fn must return (inputs, targets) with targets as a tensor of class indices, got "
+            f"{type(targets).__name__}"
         )
     if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(

@@ -420,6 +420,8 @@ def test_targets_and_batches_that_cannot_be_used() -> None:
         batch = collate_dict(samples)
         return {"picture": batch["pixel_values"], "grade": batch["labels"]}
 
+    listed = make_duo(batch_fn=lambda b: (b[0], b[1].tolist()))
+    refused(listed, ValueError, "targets as a tensor of class indices, got list")
     odd = DataLoader(VAL, 16, collate_fn=collate)
     refused(make_duo(), ValueError, r"keys \['grade', 'picture'\].*batch_fn", Lenient(), val=odd)
 
