@@ -24,6 +24,8 @@ from lightning_duo.module import DuoModule
 from lightning_duo.sidekick import Sidekick, sidekick_logits
 from lightning_duo.temperature import Temperatures
 
+_STAGES = ("training", "validation", "test", "predict")
+
 
 class Pair:
     """Both models of a run.
@@ -99,10 +101,17 @@ class Pair:
                 "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
             )
         self.base.unwatch()
-        logits_fn = self.base.logits_fn
-        base = module if logits_fn is None else _Through(logits_fn, module)
         # Copied in one go, so that neither copy refers to an original.
-        duo = DuoModule(*copy.deepcopy((base, self.sidekick.deployable())), temperatures)
+        base: nn.Module
+        base, sidekick = copy.deepcopy((module, self.sidekick.deployable()))
+        if getattr(base, "_compiler_ctx", None) is not None:
+            # Lightning keeps the compiled methods of `torch.compile(module)` on the instance, and
+            # a copied function still runs the original's weights.
+            for name in ("forward", *(f"{stage}_step" for stage in _STAGES)):
+                vars(base).pop(name, None)
+        if self.base.logits_fn is not None:
+            base = _Through(self.base.logits_fn, base)
+        duo = DuoModule(base, sidekick, temperatures)
         return duo.to(module.device).requires_grad_(False).eval()
 
 

@@ -569,6 +569,18 @@ def test_steps_that_change_the_inputs_are_said() -> None:
         make_trainer(make_duo()).fit(Scales(), loader(TRAIN), loader(VAL))
 
 
+def test_the_duo_of_a_compiled_base_is_a_copy_too() -> None:
+    duo, module = make_duo(), Classifier()
+    compiled = torch.compile(module, backend="eager")
+    make_trainer(duo, max_epochs=1).fit(compiled, loader(TRAIN), loader(VAL))
+    deployed = duo.module
+    before = deployed(TEST.tensors[0]).probs
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(deployed(TEST.tensors[0]).probs, before)
+
+
 def test_nan_at_test_is_named() -> None:
     duo, module, trainer = fitted()
     with torch.no_grad():
