@@ -74,6 +74,7 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
             f"a duo needs one class index per sample: targets of shape (N,) and an integer dtype, "
             f"got {targets.dtype} of shape {tuple(targets.shape)}; soft, one-hot and multi-label "
             "targets are not supported, pass DuoCallback(..., batch_fn=...) to return class indices"
+            + (" (here targets.squeeze(1))" if targets.ndim == 2 and targets.shape[1] == 1 else "")
         )
     if values and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
         raise ValueError(

@@ -47,6 +47,14 @@ class Recipe:
                 f"probe must be a fraction of the training in [0, 1], got {self.probe}"
             )
 
+        for name in ("optimizer", "lr_scheduler"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(
+                    f"{name} must be callable, such as functools.partial(torch.optim.AdamW, "
+                    f"lr=1e-4) for the optimizer; got {value!r}"
+                )
+
     def make_optimizer(self, parameters: list[nn.Parameter], *, probing: bool) -> Optimizer:
         """Optimizer of one phase."""
         if self.optimizer is not None:

@@ -63,7 +63,12 @@ def check_source(source: SidekickSource, weights: str | Path | None) -> None:
                 f"timm has no weights called {source!r}; it has {', '.join(tagged) or 'none'}"
             )
     if not known:
-        near = difflib.get_close_matches(source.split(".")[0], names, n=3, cutoff=0.5)
+        if not source.startswith(TORCHVISION):
+            import torchvision.models as zoo
+
+            names = [*names, *(TORCHVISION + name for name in zoo.list_models(module=zoo))]
+        near = [name for name in names if name.removeprefix(TORCHVISION) == source]
+        near = near or difflib.get_close_matches(source.split(".")[0], names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it"
         raise ValueError(
             f"no model is called {source!r}: {hint} A sidekick is a timm name "
@@ -335,12 +340,14 @@ class Sidekick:
         """What a checkpoint remembers of the architecture."""
         if isinstance(self.source, str):
             return self.source
-        return type(self.source).__name__ if isinstance(self.source, nn.Module) else "callable"
+        if isinstance(self.source, nn.Module):
+            return type(self.source).__name__
+        return str(getattr(self.source, "__name__", "callable"))
 
     @property
     def pretrained_only(self) -> bool:
-        """Whether a model just built has a random head: it has a name and no weights file."""
-        return isinstance(self.source, str) and self.weights is None
+        """Whether a model just built has a head that knows nothing of the task."""
+        return not isinstance(self.source, nn.Module) and self.weights is None
 
     def build(self, num_classes: int, base: nn.Module | None, *, pretrained: bool) -> nn.Module:
         """Build the model unless it exists; the global random streams do not notice.
@@ -357,7 +364,7 @@ class Sidekick:
                     pretrained=pretrained and self.pretrained,
                     weights=weights,
                 )
-            if self.num_classes is None:
+            if self.num_classes is None and not isinstance(self.source, nn.Module):
                 rank_zero_info(
                     f"DuoCallback: sidekick {self.name!r} has {num_classes} classes, as the base's "
                     "logits do"

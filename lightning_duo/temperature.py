@@ -375,6 +375,9 @@ def _covariance(px: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor
 
 
 def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
+    if not all(isinstance(x, Tensor) for x in (base, sidekick, targets)):
+        kinds = ", ".join(type(x).__name__ for x in (base, sidekick, targets))
+        raise ValueError(f"fit_temperatures expects tensors (torch.from_numpy), got {kinds}")
     if base.ndim != 2 or base.shape != sidekick.shape or base.shape[1] == 0:
         raise ValueError(
             "fit_temperatures expects base and sidekick logits of one shape (N, K), got "

@@ -51,6 +51,7 @@ def test_unreadable_batches_say_what_was_seen(given: object, message: str) -> No
         (nn.functional.one_hot(Y, 4), "one-hot and multi-label targets are not supported"),
         (torch.rand(6, 4), "soft"),
         (Y.float(), "an integer dtype"),
+        (Y[:, None], r"squeeze\(1\)"),
         (Y.bool(), "an integer dtype"),
         (Y + 1, r"must be in 0\.\.3 for 4 classes, got 1\.\.4"),
         (Y - 1, r"got -1\.\.2"),

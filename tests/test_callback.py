@@ -103,6 +103,11 @@ def test_logged_values_are_those_of_the_two_models() -> None:
     assert logged["duo/val_nll"] <= logged["base_scaled/val_nll"]
 
 
+def test_a_sidekick_that_was_never_trained_is_said() -> None:
+    with pytest.warns(UserWarning, match="was not fine-tuned"):
+        make_trainer(make_duo()).validate(Classifier(), loader(VAL), verbose=False)
+
+
 def test_test_evaluates_without_refitting() -> None:
     duo, module, trainer = fitted()
     before = duo.fit
@@ -443,7 +448,7 @@ def test_checkpoints_of_another_sidekick_are_refused(tmp_path: Path) -> None:
     _, _, trainer = fitted(enable_checkpointing=True, default_root_dir=tmp_path)
     path = trainer.checkpoint_callback.best_model_path
     other = make_duo("resnet10t", pretrained=False)
-    with pytest.raises(ValueError, match=r"checkpoint's sidekick is 'callable'.*'resnet10t'"):
+    with pytest.raises(ValueError, match=r"checkpoint's sidekick is 'small_net'.*'resnet10t'"):
         make_trainer(other).test(Classifier(), loader(TEST), ckpt_path=path, verbose=False)
     state = copy.deepcopy(torch.load(path, weights_only=True)["callbacks"]["DuoCallback"])
     state["version"] = 99

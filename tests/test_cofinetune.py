@@ -121,6 +121,12 @@ def test_parameters_frozen_by_the_user_stay_frozen() -> None:
     assert torch.equal(net[1].weight, before)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
+def test_what_makes_optimizers_must_be_callable(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be callable.*got 'sgd'"):
+        DuoCallback(small_net(), **{name: "sgd"})
+
+
 @pytest.mark.parametrize("probe", [-0.1, 1.5])
 def test_probe_must_be_a_fraction(probe: float) -> None:
     with pytest.raises(ValueError, match="fraction of the training"):

@@ -44,6 +44,7 @@ def test_modules_and_callables() -> None:
         ("torchvision/resnet_34", "'torchvision/resnet34'"),
         ("torchvision/vit_b16", "'torchvision/vit_b_16'"),
         ("efficientnet-b0", "'efficientnet_b0'"),
+        ("squeezenet1_1", "'torchvision/squeezenet1_1'"),
     ],
 )
 def test_unknown_names_are_refused_at_once_with_near_ones(name: str, near: str) -> None:

@@ -265,6 +265,7 @@ def test_fit_is_never_worse_than_either_model_alone(
     ("change", "message"),
     [
         (lambda a, b, y: (a, b[:, :5], y), r"one shape \(N, K\), got \(1500, 10\) and \(1500, 5\)"),
+        (lambda a, b, y: (a.numpy(), b, y), "expects tensors"),
         (lambda a, b, y: (a.long(), b, y), "floating-point logits, got torch.int64"),
         (lambda a, b, y: (a, b, y[:3]), r"integer targets of shape \(1500,\)"),
         (lambda a, b, y: (a, b, one_hot(y, 10)), "soft and multi-label targets are not supported"),
