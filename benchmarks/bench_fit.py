@@ -49,7 +49,7 @@ def torch_lbfgs(base: Tensor, sidekick: Tensor, targets: Tensor) -> float:
         return loss
 
     optimizer.step(closure)
-    return float(closure())
+    return float(closure().detach())
 
 
 def scipy_lbfgsb(base: Tensor, sidekick: Tensor, targets: Tensor) -> float:

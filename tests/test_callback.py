@@ -456,7 +456,7 @@ def test_checkpoints_of_another_sidekick_are_refused(tmp_path: Path) -> None:
         make_duo().load_state_dict(state)
 
 
-# ---- what an adversary found ----
+# ---- odd runs ----
 
 
 def test_a_random_transform_leaves_the_base_alone_and_resumes() -> None:
