@@ -13,7 +13,7 @@ from typing_extensions import Self, override
 
 from lightning_duo.batch import as_logits
 from lightning_duo.temperature import UNWEIGHTED
-from lightning_duo_kernels import duo_head
+from lightning_duo_kernels import duo_head, weighted_sum
 
 Mode = Literal["weighted", "unweighted", "uq_only"]
 
@@ -100,10 +100,7 @@ class DuoModule(nn.Module):
 
     def logits(self, x: Any) -> Tensor:
         """Weighted sum of both models' logits, shape (N, K), float32."""
-        base, sidekick = self.member_logits(x)
-        masked = (base == -torch.inf) | (sidekick == -torch.inf)
-        logits = self.temperatures[0] * base.float() + self.temperatures[1] * sidekick.float()
-        return logits.masked_fill(masked, -torch.inf)
+        return weighted_sum(*self.member_logits(x), self.temperatures)
 
     def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
         """Logits of base and sidekick, each (N, K), of one dtype.

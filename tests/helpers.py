@@ -1,15 +1,18 @@
 """Small data, models and Trainers that the tests share."""
 
+import os
+
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 NUM_CLASSES = 4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def make_logits(
-    count: int, classes: int, seed: int, margin: float = 2.0
+    count: int, classes: int, seed: int, margin: float = 2.0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of two correlated models, the second a little worse, and targets."""
     generator = torch.Generator().manual_seed(seed)
@@ -19,7 +22,7 @@ def make_logits(
     rows = torch.arange(count)
     base[rows, targets] += margin
     sidekick[rows, targets] += 0.7 * margin
-    return base, sidekick, targets
+    return base.to(device), sidekick.to(device), targets.to(device)
 
 
 def small_images(count: int = 240, seed: int = 0) -> TensorDataset:
