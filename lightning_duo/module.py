@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
@@ -167,12 +167,7 @@ class DuoModule(nn.Module):
         Raises:
             ValueError: If the file is no saved duo, or does not fit the modules.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != "lightning_duo/1":
-            raise ValueError(f"{path} is not a duo saved by DuoModule.save (no such metadata)")
-        mode = metadata["mode"]
-        assert mode in get_args(Mode)
+        mode, _ = read_header(path)
         duo = cls(base, sidekick, (1.0, 0.0), mode=mode)
         try:
             duo.load_state_dict(load_file(path))
@@ -184,3 +179,22 @@ class DuoModule(nn.Module):
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         duo.temperatures, duo.threshold = duo.temperatures.to(device), duo.threshold.to(device)
         return duo.eval()
+
+
+def read_header(path: str | Path) -> tuple[Mode, dict[str, list[int]]]:
+    """Mode and shapes of all tensors of a saved duo.
+
+    Raises:
+        ValueError: If the file is none.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a duo saved by DuoModule.save ({error})") from error
+    if metadata.get("format") != "lightning_duo/1":
+        raise ValueError(f"{path} is not a duo saved by DuoModule.save (no such metadata)")
+    mode = metadata["mode"]
+    assert mode in get_args(Mode)
+    return mode, shapes

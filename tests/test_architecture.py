@@ -15,12 +15,14 @@ ORDER = [
     "metrics",
     "batch",
     "module",
+    "export",
     "sidekick",
     "cofinetune",
     "cost",
     "pair",
     "report",
     "callback",
+    "cli",
 ]
 
 

@@ -79,6 +79,9 @@ def test_loading_what_does_not_fit_says_so(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a duo saved by"):
         DuoModule.load(tmp_path / "other.safetensors", small_net(), small_net())
+    (tmp_path / "text.safetensors").write_text("not tensors at all")
+    with pytest.raises(ValueError, match="not a duo saved by"):
+        DuoModule.load(tmp_path / "text.safetensors", small_net(), small_net())
     with pytest.raises(FileNotFoundError):
         DuoModule.load(tmp_path / "none.safetensors", small_net(), small_net())
 

@@ -1,0 +1,232 @@
+"""A duo as one file that runs where this library is not installed."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
+
+from lightning_duo.batch import evaluating
+from lightning_duo.module import DuoModule, DuoOutput
+from lightning_duo_kernels.composite import head
+from lightning_duo_kernels.head import head_operator
+
+Format: TypeAlias = Literal["program", "aoti", "onnx"]
+SUFFIX = {"program": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+DESCRIPTION = "lightning_duo"  # its key in the metadata; an exported program adds .json
+
+
+def export_duo(
+    module: DuoModule, path: str | Path, example_input: Any, *, format: Format = "program"
+) -> Path:
+    """Write a duo as one file for any batch size, which needs neither this library nor Lightning.
+
+    The file maps ``x`` to ``(probs, prediction, confidence, accept)`` of `DuoOutput`, in eval mode,
+    on the device and in the precision the module has now. It carries a description of the duo, one
+    JSON object: ``temperatures``, ``threshold``, ``mode``, ``num_classes``, ``inputs`` (their
+    shapes and dtypes; null stands for the batch), ``outputs`` and ``versions``. To run the file,
+    and to read its description:
+
+    - ``program``, which needs PyTorch alone: ``torch.export.load(path).module()(x)``; loading with
+      ``extra_files=(extra := {"lightning_duo.json": ""})`` fills in the description.
+    - ``aoti``, compiled by AOTInductor for this machine's kind of processor or GPU; on CUDA the
+      head is the Triton kernel: ``package = torch._inductor.aoti_load_package(path)``,
+      ``package(x)``, ``package.get_metadata()["lightning_duo"]``. Making it needs a C++ compiler.
+    - ``onnx``: ``session = onnxruntime.InferenceSession(path)``; inputs and outputs have their
+      names; ``session.get_modelmeta().custom_metadata_map["lightning_duo"]``. Making it needs
+      ``pip install "lightning-duo[export]"``. Weights of 2 GB and more lie in a second file beside
+      it.
+
+    Args:
+        module: The duo.
+        path: The file to write: ``.pt2``, or ``.onnx``. It appears whole or not at all.
+        example_input: A batch as the duo takes it, on the duo's device: a tensor, or tensors in
+            lists, tuples and dicts. The first dimension of each is the batch; the other sizes stay
+            as they are here.
+        format: ``program``, ``aoti`` or ``onnx``.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: If the module is no duo.
+        ValueError: If the format is unknown or the path is not named for it, the example holds no
+            batch or lies on another device than the duo, or the duo is in bfloat16 and goes to
+            ONNX, whose runtime lacks it.
+        RuntimeError: If base or sidekick cannot be traced; says which.
+        ImportError: If ``onnx`` is wanted and its packages are missing.
+
+    Example:
+        >>> import torch, tempfile
+        >>> duo = DuoModule(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), (1.0, 0.5))
+        >>> path = export_duo(duo, f"{tempfile.mkdtemp()}/duo.pt2", torch.randn(2, 4))
+        >>> run = torch.export.load(path).module()
+        >>> probs, prediction, confidence, accept = run(torch.ones(7, 4))
+        >>> prediction.shape
+        torch.Size([7])
+    """
+    path = Path(path)
+    _check(module, path, format)
+    example = _batch_of_two_or_more(module, example_input)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with evaluating(module), TemporaryDirectory(dir=path.parent) as folder:
+        description = _description(module, example)
+        try:
+            _WRITERS[format](module, Path(folder) / path.name, example, description)
+        except Exception as error:
+            _name_the_untraceable(module, example, error)
+            raise
+        for file in Path(folder).iterdir():
+            os.replace(file, path.parent / file.name)
+    return path
+
+
+class _Deployed(nn.Module):
+    """The duo with plain types for results, and the head as the format wants it.
+
+    AOTInductor compiles the operator, which is the Triton kernel on CUDA. The other files must load
+    where the operator is not known, so they hold the same in plain PyTorch.
+    """
+
+    def __init__(self, duo: DuoModule, *, operator: bool) -> None:
+        super().__init__()
+        self.duo, self.operator = duo, operator
+        self.eval()
+
+    @override
+    def forward(self, x: Any) -> tuple[Tensor, ...]:
+        base, sidekick = self.duo.member_logits(x)
+        run: Callable[..., tuple[Tensor, ...]] = head_operator if self.operator else head
+        uq_only = self.duo.mode == "uq_only"
+        probs, prediction, confidence, _ = run(base, sidekick, self.duo.temperatures, True, uq_only)
+        return probs, prediction, confidence, confidence >= self.duo.threshold
+
+
+def _any_batch(example: Any, size: Any) -> tuple[Any]:
+    """Which dimensions of the example may have any size, as torch.export wants it said."""
+    return (tree_map(lambda x: {0: size} if _has_batch(x) else None, example),)
+
+
+def _trace(module: nn.Module, example: Any) -> ExportedProgram:
+    return torch.export.export(module, (example,), dynamic_shapes=_any_batch(example, Dim.DYNAMIC))
+
+
+def _write_program(duo: DuoModule, path: Path, example: Any, description: str) -> None:
+    program = _trace(_Deployed(duo, operator=False), example)
+    torch.export.save(program, path, extra_files={f"{DESCRIPTION}.json": description})
+
+
+def _write_aoti(duo: DuoModule, path: Path, example: Any, description: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(
+        _trace(_Deployed(duo, operator=True), example),
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": {DESCRIPTION: description}},
+    )
+
+
+def _write_onnx(duo: DuoModule, path: Path, example: Any, description: str) -> None:
+    program = torch.onnx.export(
+        _Deployed(duo, operator=False),
+        (example,),
+        dynamic_shapes=_any_batch(example, "batch"),
+        output_names=list(DuoOutput._fields),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props[DESCRIPTION] = description
+    program.save(path)
+
+
+_WRITERS: dict[str, Callable[[DuoModule, Path, Any, str], None]] = {
+    "program": _write_program,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
+}
+
+
+def _check(module: DuoModule, path: Path, format: str) -> None:
+    if not isinstance(module, DuoModule):
+        raise TypeError(f"export_duo exports a DuoModule, got {type(module).__name__}")
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
+    if path.suffix != SUFFIX[format]:
+        raise ValueError(f"a file of format {format!r} is named *{SUFFIX[format]}, got {path}")
+    if format != "onnx":
+        return
+    if find_spec("onnxscript") is None:
+        raise ImportError(
+            "export to ONNX needs onnx and onnxscript: pip install 'lightning-duo[export]'"
+        )
+    if any(x.dtype == torch.bfloat16 for x in module.state_dict().values()):
+        raise ValueError(
+            "ONNX Runtime does not run bfloat16 models; export duo.float() or duo.half()"
+        )
+
+
+def _has_batch(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0
+
+
+def _batch_of_two_or_more(module: DuoModule, example: Any) -> Any:
+    """The example; a batch of one is doubled, as export would take its size for a constant."""
+    batched = [x for x in tree_leaves(example) if _has_batch(x)]
+    sizes = {len(x) for x in batched}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            "example_input must be a batch: tensors whose first dimension is the number of "
+            f"samples, at least one; got sizes {sorted(sizes) or 'of no tensor'}"
+        )
+    devices, own = {x.device for x in batched}, module.temperatures.device
+    if devices != {own}:
+        raise ValueError(
+            f"example_input is on {', '.join(map(str, devices))}, the duo on {own}; move one of "
+            "them with .to(device)"
+        )
+    if sizes == {1}:
+        return tree_map(lambda x: torch.cat([x, x]) if _has_batch(x) else x, example)
+    return example
+
+
+def _name_the_untraceable(duo: DuoModule, example: Any, error: Exception) -> None:
+    """Raise an error that names the model which torch.export cannot trace, if one is to blame."""
+    for name in ("base", "sidekick"):
+        try:
+            _trace(getattr(duo, name), example)
+        except Exception as cause:
+            raise RuntimeError(
+                f"torch.export cannot trace the {name}, {type(getattr(duo, name)).__name__}, for "
+                f"any batch size: {str(cause).strip().splitlines()[0]}; its forward must be "
+                "tensor operations that depend on no value of a tensor and on no fixed batch size"
+            ) from error
+
+
+def _description(module: DuoModule, example: Any) -> str:
+    from lightning_duo import __version__
+
+    inputs = [
+        {"shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+        for x in tree_leaves(example)
+        if _has_batch(x)
+    ]
+    return json.dumps(
+        {
+            "temperatures": module.temperatures.tolist(),
+            "threshold": module.threshold.item(),
+            "mode": module.mode,
+            "num_classes": module.member_logits(example)[0].shape[1],
+            "inputs": inputs,
+            "outputs": DuoOutput._fields,
+            "versions": {"lightning_duo": __version__, "torch": torch.__version__},
+        }
+    )

@@ -1,0 +1,260 @@
+"""Exported duos, each run in a fresh process where neither this library nor Lightning exists."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, loader, make_trainer, small_images, small_net
+from test_head import edge_rows
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lightning_duo import DuoCallback, DuoModule, DuoOutput
+from lightning_duo.batch import evaluating
+from lightning_duo.export import SUFFIX, Format, export_duo
+
+FORMATS = ("program", "aoti", "onnx")
+MODES = ("weighted", "uq_only")
+FIELDS = ("probs", "prediction", "confidence", "accept")
+
+RUN = """
+import json, sys
+for name in ("lightning_duo", "lightning_duo_kernels", "lightning", "timm", "torchmetrics"):
+    sys.modules[name] = None  # importing it is an error
+import numpy as np
+format, file, inputs, outputs = sys.argv[1:]
+if format == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    description = json.loads(session.get_modelmeta().custom_metadata_map["lightning_duo"])
+    (name,), names = ([x.name for x in get()] for get in (session.get_inputs, session.get_outputs))
+    assert names == description["outputs"], names
+    assert session.get_inputs()[0].shape[0] == "batch"
+    run = lambda x: session.run(None, {name: x})
+else:
+    import torch
+    if format == "program":
+        extra = {"lightning_duo.json": ""}
+        module = torch.export.load(file, extra_files=extra).module()
+        description = json.loads(extra["lightning_duo.json"])
+    else:
+        module = torch._inductor.aoti_load_package(file)
+        description = json.loads(module.get_metadata()["lightning_duo"])
+    run = lambda x: [y.detach().cpu().numpy() for y in module(torch.from_numpy(x))]
+results = {}
+for key, x in np.load(inputs).items():
+    for field, value in zip(description["outputs"], run(x), strict=True):
+        results[f"{key}.{field}"] = value
+np.savez(outputs, description=json.dumps(description), **results)
+"""
+
+
+def run_file(path: Path, format: Format, batches: dict[str, Tensor]) -> tuple[dict, dict]:
+    """Results by batch, and the description, of an exported duo in a process of its own."""
+    inputs, outputs = path.with_name("inputs.npz"), path.with_name("outputs.npz")
+    np.savez(inputs, **{name: x.numpy() for name, x in batches.items()})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, format, str(path), str(inputs), str(outputs)],
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+        env={**os.environ, "PYTHONPATH": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(outputs).items())
+    description = json.loads(str(found.pop("description")))
+    results = {
+        name: DuoOutput(*(torch.from_numpy(found[f"{name}.{field}"]) for field in FIELDS))
+        for name in batches
+    }
+    return results, description
+
+
+def assert_same(mine: DuoOutput, theirs: DuoOutput) -> None:
+    for field, x, y in zip(FIELDS, mine, theirs, strict=True):
+        assert x.dtype == y.dtype, field
+        if x.is_floating_point():
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5, equal_nan=True, msg=field)
+        else:
+            assert torch.equal(x, y), field
+
+
+def conv_net(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.Linear(4 * width, 5),
+    )
+
+
+def make_duo(mode: str) -> DuoModule:
+    """Two models whose predictions vary; the sidekick sees smaller images."""
+    torch.manual_seed(0)
+    base, sidekick = conv_net(12), nn.Sequential(v2.Resize(8), conv_net(6))
+    x = torch.randn(64, 3, 16, 16)
+    for net, last in ((base, base[-1]), (sidekick, sidekick[1][-1])):
+        net(x)  # running statistics of the batch norms
+        with evaluating(net):
+            last.weight /= net(x).std(0).unsqueeze(1)
+            last.bias -= net(x).mean(0)
+    return DuoModule(base, sidekick, (1.5, 0.7), mode=mode, threshold=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_says_what_the_module_says(format: Format, mode: str, tmp_path: Path) -> None:
+    duo = make_duo(mode)
+    batches = {f"of_{n}": torch.randn(n, 3, 16, 16) for n in (1, 2, 37)}
+    path = export_duo(
+        duo, tmp_path / "new" / f"duo{SUFFIX[format]}", batches["of_1"], format=format
+    )
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert duo.training
+    assert duo.base[1].training
+
+    results, description = run_file(path, format, batches)
+    duo.eval()
+    for name, x in batches.items():
+        assert_same(results[name], duo(x))
+    many = results["of_37"]
+    assert 0 < many.accept.sum() < 37
+    assert len(many.prediction.unique()) > 2
+    assert description["temperatures"] == pytest.approx([1.5, 0.7])
+    assert description["threshold"] == 0.5
+    assert description["mode"] == mode
+    assert description["num_classes"] == 5
+    assert description["inputs"] == [{"shape": [None, 3, 16, 16], "dtype": "float32"}]
+    assert description["versions"]["torch"] == torch.__version__
+
+
+class Half(nn.Module):
+    """The base's or the sidekick's part of inputs that are logits already."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.index]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_without_a_softmax_are_the_same_in_every_format(
+    format: Format, tmp_path: Path
+) -> None:
+    base, sidekick, want = edge_rows(6)
+    for mode in MODES:
+        duo = DuoModule(Half(0), Half(1), (1.5, 1.0), mode=mode)
+        both = torch.stack([base, sidekick], 1)
+        path = export_duo(duo, tmp_path / f"{mode}{SUFFIX[format]}", both, format=format)
+        result = run_file(path, format, {"edges": both})[0]["edges"]
+        assert_same(result, duo(both))
+        exists = torch.tensor([exists for *_, exists in want.values()])
+        assert torch.equal(result.accept, exists)  # NaN reaches no threshold, not even 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_is_hardly_larger_than_the_weights(format: Format, tmp_path: Path) -> None:
+    duo = DuoModule(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4000), nn.ReLU(), nn.Linear(4000, 4000)),
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4000)),
+        (1.0, 0.5),
+    )
+    path = export_duo(
+        duo, tmp_path / f"duo{SUFFIX[format]}", torch.randn(2, 3, 8, 8), format=format
+    )
+    assert path.stat().st_size <= 1.05 * sum(p.nbytes for p in duo.parameters())
+
+
+def test_what_the_callback_trained_can_be_exported(tmp_path: Path) -> None:
+    callback = DuoCallback(sidekick=small_net, sidekick_transform=v2.Resize(8))
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.fit(Classifier(), loader(small_images(64)), loader(small_images(64, seed=1)))
+    duo, x = callback.module, torch.randn(9, 3, 8, 8)
+    path = export_duo(duo, tmp_path / "duo.pt2", x)
+    assert_same(run_file(path, "program", {"x": x})[0]["x"], duo(x))
+
+
+def test_users_may_export_the_module_by_themselves(tmp_path: Path) -> None:
+    duo = make_duo("weighted").eval()
+    x = torch.randn(4, 3, 16, 16)
+    program = torch.export.export(duo, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert "lightning_duo" not in str(program.graph)  # loads without this package
+    assert_same(DuoOutput(*program.module()(x[:3])), duo(x[:3]))
+
+
+class Pixels(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": self.net(batch["pixels"])}
+
+
+def test_inputs_may_be_mappings_and_half_precision(tmp_path: Path) -> None:
+    duo = DuoModule(Pixels(small_net(width=32)), Pixels(small_net()), (1.0, 0.5)).bfloat16().eval()
+    x = {"pixels": torch.randn(3, 3, 8, 8).bfloat16()}
+    module = torch.export.load(export_duo(duo, tmp_path / "duo.pt2", x)).module()
+    x = {"pixels": torch.randn(5, 3, 8, 8).bfloat16()}
+    assert_same(DuoOutput(*module(x)), duo(x))
+    with pytest.raises(ValueError, match="does not run bfloat16"):
+        export_duo(duo, tmp_path / "duo.onnx", x, format="onnx")
+
+
+class Stubborn(nn.Module):
+    """Looks at a value, which no trace can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.sum() > 0 else self.net(-x)
+
+
+def test_bad_input_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+    duo, x = DuoModule(small_net(), small_net(), (1.0, 0.5)), torch.randn(2, 3, 8, 8)
+    path = tmp_path / "duo.pt2"
+    with pytest.raises(TypeError, match="exports a DuoModule, got Sequential"):
+        export_duo(small_net(), path, x)
+    with pytest.raises(ValueError, match="format must be one of"):
+        export_duo(duo, path, x, format="torchscript")
+    with pytest.raises(ValueError, match=r"named \*.pt2, got .*duo.onnx"):
+        export_duo(duo, tmp_path / "duo.onnx", x)
+    with pytest.raises(ValueError, match=r"must be a batch.*got sizes of no tensor"):
+        export_duo(duo, path, 3.0)
+    with pytest.raises(ValueError, match="must be a batch"):
+        export_duo(duo, path, x[:0])
+    with pytest.raises(ValueError, match="example_input is on meta, the duo on cpu"):
+        export_duo(duo, path, x.to("meta"))
+    for name in ("base", "sidekick"):
+        members = {"base": small_net(), "sidekick": small_net(), name: Stubborn()}
+        with pytest.raises(RuntimeError, match=f"cannot trace the {name}, Stubborn"):
+            export_duo(DuoModule(**members, temperatures=(1.0, 0.5)), path, x)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_packages_for_cuda_hold_the_kernel(mode: str, tmp_path: Path) -> None:
+    duo = make_duo(mode).eval().cuda()
+    x = torch.randn(37, 3, 16, 16, device="cuda")
+    for format in ("program", "aoti"):
+        path = export_duo(duo, tmp_path / f"{format}.pt2", x[:1], format=format)
+        if format == "program":
+            run = torch.export.load(path).module()
+        else:
+            run = torch._inductor.aoti_load_package(str(path))
+        torch.testing.assert_close(run(x)[0], duo(x).probs, rtol=0, atol=1e-5)
+        assert torch.equal(run(x)[1], duo(x).prediction)
