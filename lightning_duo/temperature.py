@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 17  # logits of one model worked on at a time: 1 MiB in float64
+from lightning_duo_kernels.nll import CHUNK_LOGITS, NllSums, Point, nll_sums
+
 MAX_PASSES = 12
 TOLERANCE = 1e-12  # stop when a full Newton step promises to gain less NLL than this
 RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
@@ -159,17 +160,10 @@ class _Data:
         count = int(self.reduce(local).item())
         return _Data(base, sidekick, targets, count, self.masked, self.reduce)
 
-
-class _Sums(NamedTuple):
-    """Sums over all samples at one pair of temperatures; they add up over chunks and processes."""
-
-    loss: float
-    grad_base: float
-    grad_sidekick: float
-    curvature_base: float
-    curvature_cross: float
-    curvature_sidekick: float
-    unsure: float  # samples whose target has a probability of at most 1/2
+    def sums(self, wanted: "dict[str, list[Temperatures]]") -> Tensor:
+        """Sums of this process at all temperatures that the searches want, in one read."""
+        points = [Point(t, SEARCHES[name]) for name, trials in wanted.items() for t in trials]
+        return nll_sums(self.base, self.sidekick, self.targets, points, masked=self.masked)
 
 
 class _Optimum(NamedTuple):
@@ -189,7 +183,7 @@ SEARCHES: dict[str, _Models] = {
     "base": (True, False),
     "sidekick": (False, True),
 }
-_Search: TypeAlias = Generator[list[Temperatures], list[_Sums], _Optimum]
+_Search: TypeAlias = Generator[list[Temperatures], list[NllSums], _Optimum]
 
 
 class _Quadratic(NamedTuple):
@@ -201,7 +195,7 @@ class _Quadratic(NamedTuple):
     unsure: float
 
     @classmethod
-    def from_sums(cls, s: _Sums, count: int, unit: tuple[float, float]) -> "_Quadratic":
+    def from_sums(cls, s: NllSums, count: int, unit: tuple[float, float]) -> "_Quadratic":
         b, k = unit
         return cls(
             s.loss / count,
@@ -305,11 +299,10 @@ def _run(data: _Data, start: dict[str, _Optimum]) -> tuple[dict[str, _Optimum], 
     passes = 0
     while wanted:
         passes += 1
-        points = [(point, SEARCHES[name]) for name, points in wanted.items() for point in points]
-        totals = iter(data.reduce(_sums(data, points)).tolist())
+        totals = iter(data.reduce(data.sums(wanted)).tolist())
         for name, asked in list(wanted.items()):
             try:
-                wanted[name] = searches[name].send([_Sums(*next(totals)) for _ in asked])
+                wanted[name] = searches[name].send([NllSums(*next(totals)) for _ in asked])
             except StopIteration as found:
                 optima[name] = found.value
                 del wanted[name]
@@ -318,60 +311,6 @@ def _run(data: _Data, start: dict[str, _Optimum]) -> tuple[dict[str, _Optimum], 
 
 def _scaled(at: tuple[float, float], unit: tuple[float, float]) -> Temperatures:
     return Temperatures(at[0] * unit[0], at[1] * unit[1])
-
-
-def _sums(data: _Data, points: list[tuple[Temperatures, _Models]]) -> Tensor:
-    """Evaluate all points in one read of the logits; shape (points, 7), float64."""
-    base, sidekick, targets = data.base, data.sidekick, data.targets
-    total = torch.zeros(len(points), len(_Sums._fields), dtype=torch.float64, device=base.device)
-    rows = max(1, CHUNK_LOGITS // base.shape[1])
-    for start in range(0, len(targets), rows):
-        chunk = slice(start, start + rows)
-        a, b, y = base[chunk].double(), sidekick[chunk].double(), targets[chunk, None].long()
-        # Logits relative to the target's: its own are 0, so loss = log sum exp.
-        a, b = a - a.gather(1, y), b - b.gather(1, y)
-        masked = a == -torch.inf if data.masked else None
-        if masked is not None:
-            a, b = a.masked_fill_(masked, 0.0), b.masked_fill_(masked, 0.0)
-        for i, (temperatures, (use_base, use_sidekick)) in enumerate(points):
-            z = a * temperatures.base
-            if use_sidekick:
-                z.add_(b, alpha=temperatures.sidekick)
-            if masked is not None:
-                z.masked_fill_(masked, -torch.inf)
-            total[i] += _row_sums(z, a if use_base else None, b if use_sidekick else None)
-    return total
-
-
-def _row_sums(z: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Sums over one chunk's rows, shape (7,), in the order of ``_Sums``.
-
-    ``z`` are the weighted logits, ``a`` and ``b`` those of base and sidekick (None where the point
-    leaves that model out), all relative to the target's. ``z`` is overwritten.
-    """
-    top = z.amax(dim=1, keepdim=True)
-    p = z.sub_(top).exp_()
-    norm = p.sum(dim=1, keepdim=True)
-    p /= norm
-    loss = (top + norm.log()).squeeze(1)
-    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64, device=z.device)
-    sums[0], sums[6] = loss.sum(), (loss >= math.log(2)).sum()
-    if a is not None:
-        pa = p * a
-        mean_a = pa.sum(dim=1)
-        sums[1], sums[3] = mean_a.sum(), _covariance(pa, a, mean_a, mean_a)
-    if b is not None:
-        pb = p.mul_(b)
-        mean_b = pb.sum(dim=1)
-        sums[2], sums[5] = mean_b.sum(), _covariance(pb, b, mean_b, mean_b)
-    if a is not None and b is not None:
-        sums[4] = _covariance(pb, a, mean_a, mean_b)
-    return sums
-
-
-def _covariance(px: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
-    """Sum over rows of E[xy] - E[x]E[y], from p * x and y."""
-    return torch.dot(px.flatten(), y.flatten()) - torch.dot(mean_x, mean_y)
 
 
 def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:

@@ -3,11 +3,19 @@
 import os
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 NUM_CLASSES = 4
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    ),
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

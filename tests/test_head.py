@@ -6,20 +6,13 @@ again under Triton's interpreter, where the same calls go through the kernel.
 
 import pytest
 import torch
-from helpers import INTERPRETED, make_logits
+from helpers import DEVICES, INTERPRETED, make_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_duo_kernels import duo_head
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    ),
-]
 INF, NAN = torch.inf, torch.nan
 not_interpreted = pytest.mark.skipif(
     INTERPRETED, reason="torch.compile and the interpreter do not go together"

@@ -22,7 +22,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file", ["test_head.py"])
+@pytest.mark.parametrize("file", ["test_head.py", "test_nll.py"])
 def test_the_kernel_passes_the_tests_under_the_interpreter(file: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pytest", "-q", str(HERE / file)],

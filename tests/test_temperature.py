@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_duo import Temperatures, fit_temperatures, temperature
+from lightning_duo_kernels import nll
 
 Case = tuple[Tensor, Tensor, Tensor]
 A, B, Y = make_logits(1500, 10, seed=6)
@@ -192,7 +193,8 @@ def test_a_masked_class_is_as_if_it_did_not_exist() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_temperatures(A, B, Y)
-    monkeypatch.setattr(temperature, "CHUNK_LOGITS", 70)
+    for module in (temperature, nll):  # of the sample, and of a pass
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 70)
     assert fit_temperatures(A, B, Y).temperatures == pytest.approx(whole.temperatures, rel=1e-6)
 
 

@@ -1,0 +1,99 @@
+"""The fit's pass against automatic differentiation in float64, in plain PyTorch and as a kernel.
+
+The kernel runs on CUDA where there is a GPU; without one, tests/test_head_triton.py runs this file
+again under Triton's interpreter, where the same calls go through the kernel.
+"""
+
+import pytest
+import torch
+from helpers import DEVICES, INTERPRETED, make_logits
+from torch import Tensor
+
+from lightning_duo import fit_temperatures
+from lightning_duo_kernels import nll
+from lightning_duo_kernels.nll import NllSums, Point, nll_sums
+
+INF = torch.inf
+BOTH = (True, True)
+
+
+def reference(base: Tensor, sidekick: Tensor, targets: Tensor, t: tuple[float, float]) -> Tensor:
+    """The seven sums, from PyTorch's own loss and its derivatives."""
+    a, b, y = base.double().cpu(), sidekick.double().cpu(), targets.long().cpu()
+    masked = a == -INF
+    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
+
+    def loss(t: Tensor) -> Tensor:
+        z = (t[0] * a + t[1] * b).masked_fill(masked, -INF)
+        return torch.nn.functional.cross_entropy(z, y, reduction="none")
+
+    at = torch.tensor(t, dtype=torch.float64)
+    each = loss(at)
+    slopes = torch.func.jacfwd(lambda t: loss(t).sum())(at)
+    bends = torch.func.jacfwd(torch.func.jacrev(lambda t: loss(t).sum()))(at)
+    unsure = (each.neg().exp() <= 0.5).sum()
+    return torch.stack([each.sum(), *slopes, bends[0, 0], bends[0, 1], bends[1, 1], unsure])
+
+
+def assert_sums(
+    base: Tensor, sidekick: Tensor, targets: Tensor, at: list[tuple[float, float]]
+) -> None:
+    found = nll_sums(base, sidekick, targets, [Point(t, BOTH) for t in at])
+    assert found.shape == (len(at), 7)
+    assert found.dtype == torch.float64
+    for mine, t in zip(found.cpu(), at, strict=True):
+        want = reference(base, sidekick, targets, t)
+        torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-8 * len(base))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 10, 257, 600])
+def test_against_automatic_differentiation(classes: int, dtype: torch.dtype, device: str) -> None:
+    base, sidekick, targets = make_logits(12, classes, seed=classes, device=device)
+    base, sidekick = base.to(dtype), sidekick.to(dtype)
+    assert_sums(base, sidekick, targets, [(1.3, 0.4)])
+    assert_sums(base, sidekick, targets, [(0.0, 0.0), (0.7, 0.0), (0.0, 0.9), (30.0, 2.0), (1, 1)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_classes_layouts_and_kinds_of_targets(device: str) -> None:
+    base, sidekick, targets = make_logits(40, 33, seed=0, device=device)
+    base, sidekick = base * 100, sidekick * 100  # also where one class has all the probability
+    hidden = torch.rand(40, 33, generator=torch.Generator().manual_seed(0)).to(device) < 0.5
+    hidden[torch.arange(40), targets] = False
+    base[hidden], sidekick[hidden] = -INF, -INF
+    at = [(0.01, 0.02), (1.0, 0.5)]
+    assert_sums(base, sidekick, targets.to(torch.uint8), at)
+    assert_sums(base.t().contiguous().t(), torch.cat([sidekick] * 2, 1)[:, :33], targets, at)
+    pairs = torch.stack([targets, targets], 1)
+    assert_sums(base[::3], sidekick[::3], pairs[::3, 1], at)
+    assert_sums(base + 1e4, sidekick - 1e4, targets, at[:1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_programs_take_several_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_duo_kernels.nll_triton.PROGRAMS", 7)
+    base, sidekick, targets = make_logits(20, 3, seed=0, device=device)
+    assert_sums(base, sidekick, targets, [(1.0, 0.5)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_samples(device: str) -> None:
+    empty, none = torch.zeros(0, 4, device=device), torch.zeros(0, device=device).long()
+    sums = nll_sums(empty, empty, none, [Point((1.0, 1.0), BOTH)] * 3)
+    assert torch.equal(sums.cpu(), torch.zeros(3, len(NllSums._fields), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_kernel_gives_the_same_fit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("plain PyTorch on the CPU; the interpreter runs this with the kernel")
+    data = [x.to(device) for x in make_logits(40, 5, seed=3)]
+    mine = fit_temperatures(*data)
+    assert fit_temperatures(*data) == mine
+    monkeypatch.setattr(nll, "_HAS_TRITON", False)
+    plain = fit_temperatures(*data)
+    assert mine.temperatures == pytest.approx(plain.temperatures, rel=1e-6)
+    assert mine.nll == pytest.approx(plain.nll, abs=1e-12)
+    assert mine.status == plain.status == "converged"
