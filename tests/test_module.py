@@ -1,12 +1,13 @@
 """DuoModule: its three modes, and what survives saving and moving."""
 
 import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import small_net
+from helpers import DEVICES, small_net
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,6 +105,87 @@ def test_state_dict_deepcopy_and_device_moves() -> None:
     other.load_state_dict(duo.state_dict())
     assert torch.equal(other(X).probs, duo(X).probs)
     assert duo.to("meta").temperatures.device.type == "meta"
+
+
+def conv_duo() -> DuoModule:
+    def net(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * width, 6),
+        )
+
+    torch.manual_seed(0)
+    return DuoModule(net(12), net(6), (20.0, 9.0), threshold=0.5).eval()
+
+
+def assert_close(mine: DuoOutput, theirs: DuoOutput, atol: float) -> None:
+    for name, x, y in zip(DuoOutput._fields, mine, theirs, strict=True):
+        assert x.dtype == y.dtype, name
+        if x.is_floating_point():
+            torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=name)
+        elif atol < 1e-5:
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["weighted", "uq_only"])
+def test_compiled_whole_for_any_batch(mode: str, device: str) -> None:
+    torch._dynamo.reset()
+    duo = conv_duo().to(device)
+    duo.mode = mode
+    compiled = torch.compile(duo, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+        for n in (9, 5, 2):
+            x = torch.randn(n, 3, 8, 8).to(device)
+            assert_close(compiled(x), duo(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_and_half_precision(compiled: bool, device: str) -> None:
+    torch._dynamo.reset()
+    duo, x = conv_duo().to(device), torch.randn(9, 3, 8, 8).to(device)
+    with torch.no_grad():
+        want = duo(x)
+        run = torch.compile(duo, fullgraph=True) if compiled else duo
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert_close(run(x), want, atol=0.05)
+        half = copy.deepcopy(duo).bfloat16()
+        run = torch.compile(half, fullgraph=True) if compiled else half
+        assert_close(run(x.bfloat16()), want, atol=0.05)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_duo_trains_like_the_eager_one(device: str) -> None:
+    torch._dynamo.reset()
+    duo, x = conv_duo().to(device), torch.randn(9, 3, 8, 8).to(device)
+    grads = []
+    for run in (duo, torch.compile(duo, fullgraph=True)):
+        duo.zero_grad()
+        run(x).probs[:, 0].sum().backward()
+        grads.append([p.grad.clone() for p in duo.parameters()])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_channels_last_pickle_and_copies_of_a_compiled_duo() -> None:
+    torch._dynamo.reset()
+    duo, x = conv_duo(), torch.randn(9, 3, 8, 8)
+    want = duo(x)
+    assert torch.is_inference(duo(x).probs) is False
+    with torch.inference_mode():
+        assert torch.is_inference(duo(x).probs)
+    last = copy.deepcopy(duo).to(memory_format=torch.channels_last)
+    assert last.base[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert_close(last(x.to(memory_format=torch.channels_last)), want, atol=1e-6)
+    duo.compile(fullgraph=True)  # in place
+    assert_close(duo(x), want, atol=1e-6)
+    assert_close(pickle.loads(pickle.dumps(duo))(x), want, atol=1e-6)
+    assert_close(copy.deepcopy(duo)(x), want, atol=1e-6)
 
 
 def test_members_may_return_objects_and_other_dtypes() -> None:
