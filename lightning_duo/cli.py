@@ -63,7 +63,7 @@ def export(
 def _build(part: str, spec: str, duo: str) -> "nn.Module":
     """Build the base or sidekick that ``spec`` names, with as many classes as the file has."""
     if ":" in spec:
-        return _call(part, *spec.split(":", 1))
+        return _call(part, spec)
     from lightning_duo.module import read_header
     from lightning_duo.sidekick import build_sidekick, head_parameters
 
@@ -80,27 +80,31 @@ def _build(part: str, spec: str, duo: str) -> "nn.Module":
     return build_sidekick(spec, classes, pretrained=False)
 
 
-def _call(part: str, module: str, function: str) -> "nn.Module":
+def _call(part: str, spec: str) -> "nn.Module":
+    """The model that MODULE:FUNCTION gives; whatever goes wrong in the user's code is named."""
     from torch import nn
 
+    module, function = spec.split(":", 1)
+    if not all(name.isidentifier() for name in (*module.split("."), function)):
+        raise ValueError(
+            f"--{part} {spec}: MODULE:FUNCTION is written as in Python, such as "
+            "my_models:Classifier for class Classifier of my_models.py"
+        )
     try:
         build = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(
-            f"--{part} {module}:{function}: {error}; name a class or function of a Python file "
-            "here or of an installed package"
+            f"--{part} {spec} cannot be imported: {type(error).__name__}: {error}; name a class or "
+            "function of a Python file here or of an installed package"
         ) from error
     try:
         model = build()
-    except TypeError as error:
+    except Exception as error:
         raise ValueError(
-            f"--{part} {module}:{function} cannot be called without arguments ({error}); write a "
-            "function that calls it with them"
+            f"--{part} {spec}, called without arguments, fails: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"--{part} {module}:{function} must give an nn.Module, got {type(model).__name__}"
-        )
+        raise ValueError(f"--{part} {spec} must give an nn.Module, got {type(model).__name__}")
     return model
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_duo.batch import evaluating
+from lightning_duo.batch import as_logits, evaluating
 from lightning_duo.module import DuoModule, DuoOutput
 from lightning_duo_kernels.composite import head
 from lightning_duo_kernels.head import head_operator
@@ -40,8 +41,11 @@ def export_duo(
     - ``aoti``, compiled by AOTInductor for this machine's kind of processor or GPU; on CUDA the
       head is the Triton kernel: ``package = torch._inductor.aoti_load_package(path)``,
       ``package(x)``, ``package.get_metadata()["lightning_duo"]``. Making it needs a C++ compiler.
-    - ``onnx``: ``session = onnxruntime.InferenceSession(path)``; inputs and outputs have their
-      names; ``session.get_modelmeta().custom_metadata_map["lightning_duo"]``. Making it needs
+      It reads ``x`` as it was compiled for, with the example's sizes, dtype and memory layout, and
+      does not check that: others give wrong answers.
+    - ``onnx``: ``session = onnxruntime.InferenceSession(path)``; outputs have their names, and the
+      input is ``x`` where it is one tensor;
+      ``session.get_modelmeta().custom_metadata_map["lightning_duo"]``. Making it needs
       ``pip install "lightning-duo[export]"``. Weights of 2 GB and more lie in a second file beside
       it.
 
@@ -59,9 +63,10 @@ def export_duo(
     Raises:
         TypeError: If the module is no duo.
         ValueError: If the format is unknown or the path is not named for it, the example holds no
-            batch or lies on another device than the duo, or the duo is in bfloat16 and goes to
-            ONNX, whose runtime lacks it.
-        RuntimeError: If base or sidekick cannot be traced; says which.
+            batch, lies on another device than the duo or does not fit it, or the duo is in bfloat16
+            and goes to ONNX, whose runtime lacks it.
+        RuntimeError: If base or sidekick cannot be traced (says which) or depends on the batch
+            size.
         ImportError: If ``onnx`` is wanted and its packages are missing.
 
     Example:
@@ -76,17 +81,28 @@ def export_duo(
     path = Path(path)
     _check(module, path, format)
     example = _batch_of_two_or_more(module, example_input)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with evaluating(module), TemporaryDirectory(dir=path.parent) as folder:
+    precision = torch.autocast(module.temperatures.device.type, enabled=False)  # the weights' own
+    with evaluating(module), _frozen(module), precision:
         description = _description(module, example)
-        try:
-            _WRITERS[format](module, Path(folder) / path.name, example, description)
-        except Exception as error:
-            _name_the_untraceable(module, example, error)
-            raise
-        for file in Path(folder).iterdir():
-            os.replace(file, path.parent / file.name)
+        program = _traced(module, example)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            _WRITERS[format](module, program, Path(folder) / path.name, example, description)
+            for file in Path(folder).iterdir():
+                os.replace(file, path.parent / file.name)
     return path
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Generator[None, None, None]:
+    """So that what the file computes wants no gradient; every parameter gets its own flag back."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        module.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class _Deployed(nn.Module):
@@ -110,21 +126,84 @@ class _Deployed(nn.Module):
         return probs, prediction, confidence, confidence >= self.duo.threshold
 
 
-def _any_batch(example: Any, size: Any) -> tuple[Any]:
+class _Member(nn.Module):
+    """Base or sidekick alone, whose logits may come in an object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    @override
+    def forward(self, x: Any) -> Tensor | None:
+        return as_logits(self.model(x))
+
+
+def _any_batch(example: Any, size: Any) -> Any:
     """Which dimensions of the example may have any size, as torch.export wants it said."""
-    return (tree_map(lambda x: {0: size} if _has_batch(x) else None, example),)
+    return tree_map(lambda x: {0: size} if _has_batch(x) else None, example)
 
 
 def _trace(module: nn.Module, example: Any) -> ExportedProgram:
-    return torch.export.export(module, (example,), dynamic_shapes=_any_batch(example, Dim.DYNAMIC))
+    shapes = (_any_batch(example, Dim.DYNAMIC),)
+    return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
-def _write_program(duo: DuoModule, path: Path, example: Any, description: str) -> None:
-    program = _trace(_Deployed(duo, operator=False), example)
+def _traced(duo: DuoModule, example: Any) -> ExportedProgram:
+    """The duo in plain PyTorch, for any batch size, or an error that names the model at fault."""
+    try:
+        program = _trace(_Deployed(duo, operator=False), example)
+    except Exception as error:
+        for name in ("base", "sidekick"):
+            try:
+                _trace(_Member(getattr(duo, name)), example)
+            except Exception as cause:
+                raise RuntimeError(
+                    f"torch.export cannot trace the {name}, {type(getattr(duo, name)).__name__}, "
+                    f"for any batch size: {str(cause).strip().splitlines()[0]}; its forward must "
+                    "be tensor operations that depend on no value of a tensor and on no fixed "
+                    "batch size (of torchvision's transforms, take those of v2)"
+                ) from error
+        raise
+    _check_other_batches(duo, program, example)
+    return program
+
+
+def _check_other_batches(duo: DuoModule, program: ExportedProgram, example: Any) -> None:
+    """Run the program on batches unlike the example: a branch on their size is lost in a trace."""
+    size = next(len(x) for x in tree_leaves(example) if _has_batch(x))
+    uppers = [bound.upper for bound in program.range_constraints.values()]
+    # Large limits are those of kernels' indices.
+    most = min((upper for upper in uppers if upper < 1 << 15), default=None)
+    run = program.module()
+    for other in (1, size + 1, 2 * size + 2):
+        rows = torch.arange(other, device=duo.temperatures.device) % size
+        batch = tree_map(lambda x: x[rows] if _has_batch(x) else x, example)  # noqa: B023
+        try:
+            same = all(
+                torch.allclose(mine.float(), theirs.float(), rtol=0, atol=1e-2, equal_nan=True)
+                for mine, theirs in zip(run(batch)[::2], duo(batch)[::2], strict=True)
+            )
+        except Exception:  # a guard on the size
+            same = False
+        if most is not None or not same:
+            unlike = f"of {other}" if most is None else f"of more than {most}"
+            raise RuntimeError(
+                f"base or sidekick does something else for a batch {unlike} than for the "
+                f"{size} samples it was traced with, so no file can hold it; make its forward "
+                "independent of the batch size"
+            )
+
+
+def _write_program(
+    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+) -> None:
     torch.export.save(program, path, extra_files={f"{DESCRIPTION}.json": description})
 
 
-def _write_aoti(duo: DuoModule, path: Path, example: Any, description: str) -> None:
+def _write_aoti(
+    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+) -> None:
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(
@@ -134,21 +213,24 @@ def _write_aoti(duo: DuoModule, path: Path, example: Any, description: str) -> N
     )
 
 
-def _write_onnx(duo: DuoModule, path: Path, example: Any, description: str) -> None:
-    program = torch.onnx.export(
+def _write_onnx(
+    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+) -> None:
+    # By name: a mapping in last place would be taken for keyword arguments.
+    onnx = torch.onnx.export(
         _Deployed(duo, operator=False),
-        (example,),
-        dynamic_shapes=_any_batch(example, "batch"),
+        kwargs={"x": example},
+        dynamic_shapes={"x": _any_batch(example, "batch")},
         output_names=list(DuoOutput._fields),
         dynamo=True,
         verbose=False,
     )
-    assert program is not None
-    program.model.metadata_props[DESCRIPTION] = description
-    program.save(path)
+    assert onnx is not None
+    onnx.model.metadata_props[DESCRIPTION] = description
+    onnx.save(path)
 
 
-_WRITERS: dict[str, Callable[[DuoModule, Path, Any, str], None]] = {
+_WRITERS: dict[str, Callable[[DuoModule, ExportedProgram, Path, Any, str], None]] = {
     "program": _write_program,
     "aoti": _write_aoti,
     "onnx": _write_onnx,
@@ -162,6 +244,8 @@ def _check(module: DuoModule, path: Path, format: str) -> None:
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if path.suffix != SUFFIX[format]:
         raise ValueError(f"a file of format {format!r} is named *{SUFFIX[format]}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file to write")
     if format != "onnx":
         return
     if find_spec("onnxscript") is None:
@@ -198,19 +282,6 @@ def _batch_of_two_or_more(module: DuoModule, example: Any) -> Any:
     return example
 
 
-def _name_the_untraceable(duo: DuoModule, example: Any, error: Exception) -> None:
-    """Raise an error that names the model which torch.export cannot trace, if one is to blame."""
-    for name in ("base", "sidekick"):
-        try:
-            _trace(getattr(duo, name), example)
-        except Exception as cause:
-            raise RuntimeError(
-                f"torch.export cannot trace the {name}, {type(getattr(duo, name)).__name__}, for "
-                f"any batch size: {str(cause).strip().splitlines()[0]}; its forward must be "
-                "tensor operations that depend on no value of a tensor and on no fixed batch size"
-            ) from error
-
-
 def _description(module: DuoModule, example: Any) -> str:
     from lightning_duo import __version__
 
@@ -219,12 +290,18 @@ def _description(module: DuoModule, example: Any) -> str:
         for x in tree_leaves(example)
         if _has_batch(x)
     ]
+    try:
+        logits, _ = module.member_logits(example)
+    except Exception as error:
+        raise ValueError(
+            f"the duo cannot run example_input, which holds {inputs} (null is the batch): {error}"
+        ) from error
     return json.dumps(
         {
             "temperatures": module.temperatures.tolist(),
             "threshold": module.threshold.item(),
             "mode": module.mode,
-            "num_classes": module.member_logits(example)[0].shape[1],
+            "num_classes": logits.shape[1],
             "inputs": inputs,
             "outputs": DuoOutput._fields,
             "versions": {"lightning_duo": __version__, "torch": torch.__version__},

@@ -147,7 +147,7 @@ class DuoModule(nn.Module):
         for name, value in self.state_dict().items():
             own = value.contiguous()
             # The format stores no aliases: tied weights are written once for every name.
-            tensors[name] = own.clone() if own.data_ptr() in written else own
+            tensors[_eager_name(name)] = own.clone() if own.data_ptr() in written else own
             written.add(own.data_ptr())
         save_file(tensors, partial, metadata={"format": "lightning_duo/1", "mode": self.mode})
         os.replace(partial, path)
@@ -170,7 +170,8 @@ class DuoModule(nn.Module):
         mode, _ = read_header(path)
         duo = cls(base, sidekick, (1.0, 0.0), mode=mode)
         try:
-            duo.load_state_dict(load_file(path))
+            own = {_eager_name(name): name for name in duo.state_dict()}
+            duo.load_state_dict({own.get(k, k): v for k, v in load_file(path).items()})
         except RuntimeError as error:
             raise ValueError(
                 f"the duo in {path} does not fit these modules; build base and sidekick as they "
@@ -181,12 +182,19 @@ class DuoModule(nn.Module):
         return duo.eval()
 
 
+def _eager_name(name: str) -> str:
+    """Name of a tensor without what `torch.compile` adds to those of the models it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
 def read_header(path: str | Path) -> tuple[Mode, dict[str, list[int]]]:
     """Mode and shapes of all tensors of a saved duo.
 
     Raises:
         ValueError: If the file is none.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

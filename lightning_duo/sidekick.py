@@ -69,9 +69,9 @@ def check_source(source: SidekickSource, weights: str | Path | None) -> None:
             names = [*names, *(TORCHVISION + name for name in zoo.list_models(module=zoo))]
         near = [name for name in names if name.removeprefix(TORCHVISION) == source]
         near = near or difflib.get_close_matches(source.split(".")[0], names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it."
         raise ValueError(
-            f"no model is called {source!r}: {hint} A sidekick is a timm name "
+            f"no model is called {source!r}: {hint} A model is a timm name "
             "(timm.list_models()) or 'torchvision/<name>' (torchvision.models.list_models())"
         )
 

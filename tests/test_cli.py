@@ -35,6 +35,9 @@ def sidekick():
 
 def number():
     return 7
+
+def broken():
+    return {}["weights"]
 """
 
 
@@ -98,9 +101,15 @@ def test_export_of_named_models_in_half_precision(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"--input_size": "3,32,32"}, "such as 3x224x224; got 3,32,32"),
+        (
+            {"--input_size": "3x9x9"},
+            "the duo cannot run example_input",
+        ),
         ({"--base": "my_modles:Base"}, "No module named 'my_modles'; name a class or function"),
+        ({"--base": "./my_models.py:Base"}, "such as my_models:Classifier"),
+        ({"--base": "my_models:broken"}, "called without arguments, fails: KeyError: 'weights'"),
         ({"--base": "my_models:Bass"}, "no attribute 'Bass'"),
-        ({"--base": "my_models:Wide"}, "cannot be called without arguments"),
+        ({"--base": "my_models:Wide"}, "fails: TypeError: Wide.__init__() missing 1 required"),
         ({"--base": "my_models:number"}, "must give an nn.Module, got int"),
         ({"--base": "resnet10t"}, "the base in duo.safetensors is not a resnet10t alone"),
         ({"--sidekick": "resnet10t"}, "nn.Sequential(transform, model)"),
@@ -108,6 +117,7 @@ def test_export_of_named_models_in_half_precision(tmp_path: Path) -> None:
         ({"--sidekick": "my_models:Base"}, "does not fit these modules"),
         ({"duo": "none.safetensors"}, "none.safetensors"),
         ({"duo": "my_models.py"}, "my_models.py"),
+        ({"duo": "."}, "there is no file ."),
         ({"output": "duo.txt"}, "is named *.pt2, got duo.txt"),
     ],
 )

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +123,7 @@ def test_the_file_says_what_the_module_says(format: Format, mode: str, tmp_path:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert duo.training
     assert duo.base[1].training
+    assert all(p.requires_grad for p in duo.parameters())
 
     results, description = run_file(path, format, batches)
     duo.eval()
@@ -206,10 +209,27 @@ def test_inputs_may_be_mappings_and_half_precision(tmp_path: Path) -> None:
     duo = DuoModule(Pixels(small_net(width=32)), Pixels(small_net()), (1.0, 0.5)).bfloat16().eval()
     x = {"pixels": torch.randn(3, 3, 8, 8).bfloat16()}
     module = torch.export.load(export_duo(duo, tmp_path / "duo.pt2", x)).module()
-    x = {"pixels": torch.randn(5, 3, 8, 8).bfloat16()}
-    assert_same(DuoOutput(*module(x)), duo(x))
+    assert not module(x)[0].requires_grad
+    y = {"pixels": torch.randn(5, 3, 8, 8).bfloat16()}
+    assert_same(DuoOutput(*module(y)), duo(y))
+    float_duo, pixels = duo.float(), torch.randn(2, 3, 8, 8)
+    path = export_duo(float_duo, tmp_path / "float.onnx", {"pixels": pixels}, format="onnx")
+    result = run_file(path, "onnx", {"y": torch.randn(5, 3, 8, 8)})[0]["y"]
+    assert result.probs.shape == (5, 4)
+    duo = duo.bfloat16()
     with pytest.raises(ValueError, match="does not run bfloat16"):
         export_duo(duo, tmp_path / "duo.onnx", x, format="onnx")
+
+
+class Wrapped(nn.Module):
+    """Gives its logits in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.net(x))
 
 
 class Stubborn(nn.Module):
@@ -223,9 +243,39 @@ class Stubborn(nn.Module):
         return self.net(x) if x.sum() > 0 else self.net(-x)
 
 
+class Sized(nn.Module):
+    """Does something else for some batch sizes."""
+
+    def __init__(self, special: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.net, self.special = small_net(), special
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.net(x) if self.special(x.shape[0]) else self.net(x)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("special", [lambda n: n <= 40, lambda n: n % 2 == 0, lambda n: n == 1])
+def test_models_that_depend_on_the_batch_size_are_refused(
+    special: Callable[[int], bool], format: Format, tmp_path: Path
+) -> None:
+    duo = DuoModule(small_net(), Sized(special), (1.0, 2.0))
+    with pytest.raises(RuntimeError, match="independent of the batch size"):
+        export_duo(duo, tmp_path / f"duo{SUFFIX[format]}", torch.randn(3, 3, 8, 8), format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_autocast_around_the_export_does_not_matter(tmp_path: Path) -> None:
+    duo, x = make_duo("weighted").eval(), torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        path = export_duo(duo, tmp_path / "duo.pt2", x)
+    assert_same(DuoOutput(*torch.export.load(path).module()(x)), duo(x))
+
+
 def test_bad_input_is_named_and_leaves_no_file(tmp_path: Path) -> None:
     duo, x = DuoModule(small_net(), small_net(), (1.0, 0.5)), torch.randn(2, 3, 8, 8)
-    path = tmp_path / "duo.pt2"
+    path, folder = tmp_path / "duo.pt2", tmp_path / "folder.pt2"
+    folder.mkdir()
     with pytest.raises(TypeError, match="exports a DuoModule, got Sequential"):
         export_duo(small_net(), path, x)
     with pytest.raises(ValueError, match="format must be one of"):
@@ -236,13 +286,17 @@ def test_bad_input_is_named_and_leaves_no_file(tmp_path: Path) -> None:
         export_duo(duo, path, 3.0)
     with pytest.raises(ValueError, match="must be a batch"):
         export_duo(duo, path, x[:0])
+    with pytest.raises(ValueError, match="cannot run example_input"):
+        export_duo(duo, path, x[:, :2])
+    with pytest.raises(ValueError, match="is a folder; name the file"):
+        export_duo(duo, folder, x)
     with pytest.raises(ValueError, match="example_input is on meta, the duo on cpu"):
         export_duo(duo, path, x.to("meta"))
     for name in ("base", "sidekick"):
-        members = {"base": small_net(), "sidekick": small_net(), name: Stubborn()}
+        members = {"base": Wrapped(), "sidekick": Wrapped(), name: Stubborn()}
         with pytest.raises(RuntimeError, match=f"cannot trace the {name}, Stubborn"):
             export_duo(DuoModule(**members, temperatures=(1.0, 0.5)), path, x)
-    assert list(tmp_path.iterdir()) == []
+    assert [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

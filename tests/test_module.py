@@ -72,6 +72,18 @@ def test_shared_and_channels_last_weights_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded(X).probs, duo(X).probs)
 
 
+def test_a_duo_of_compiled_models_is_saved_like_the_eager_one(tmp_path: Path) -> None:
+    duo = make_duo()
+    compiled = DuoModule(torch.compile(duo.base), torch.compile(duo.sidekick), duo.temperatures)
+    compiled.save(tmp_path / "duo.safetensors")
+    models = small_net(width=32), small_net()
+    assert torch.equal(DuoModule.load(tmp_path / "duo.safetensors", *models)(X).probs, duo(X).probs)
+    duo.save(tmp_path / "duo.safetensors")
+    models = torch.compile(small_net(width=32)), small_net()
+    loaded = DuoModule.load(tmp_path / "duo.safetensors", *models)
+    assert torch.equal(loaded.base._orig_mod[1].weight, duo.base[1].weight)
+
+
 def test_loading_what_does_not_fit_says_so(tmp_path: Path) -> None:
     path = tmp_path / "duo.safetensors"
     make_duo().save(path)

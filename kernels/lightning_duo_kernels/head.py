@@ -41,9 +41,10 @@ def duo_head(
 
     - Of equal maxima the lowest class wins.
     - A class that either model masks with ``-inf`` is masked, whatever its temperature.
-    - NaN counts as ``+inf`` in the prediction. A row that has either, or nothing but ``-inf``, has
-      no softmax: its probabilities, confidence and entropy are NaN (so no threshold accepts it),
-      and it predicts the lowest class that holds NaN or ``+inf``, or else class 0.
+    - NaN counts as ``+inf`` in the prediction. A row that has either in a class that is not masked,
+      or nothing but ``-inf``, has no softmax: its probabilities, confidence and entropy are NaN (so
+      no threshold accepts it), and it predicts the lowest class that holds NaN or ``+inf`` (of the
+      base, with ``uq_only``), or else class 0.
     - Negative temperatures are an error on the CPU; where looking at them would stall the device,
       and in compiled code, they count as NaN.
 
