@@ -1,6 +1,6 @@
 """The duo head against float64, on every path: plain PyTorch, compiled, and the Triton kernel.
 
-The kernel runs on CUDA where there is a GPU; without one, tests/test_head_triton.py runs this file
+The kernel runs on CUDA where there is a GPU; without one, tests/test_triton.py runs this file
 again under Triton's interpreter, where the same calls go through the kernel.
 """
 

@@ -1,6 +1,6 @@
 """The fit's pass against automatic differentiation in float64, in plain PyTorch and as a kernel.
 
-The kernel runs on CUDA where there is a GPU; without one, tests/test_head_triton.py runs this file
+The kernel runs on CUDA where there is a GPU; without one, tests/test_triton.py runs this file
 again under Triton's interpreter, where the same calls go through the kernel.
 """
 

@@ -1,7 +1,8 @@
 """The duo head as a Triton kernel: both logit tensors are read once, by one program per row block.
 
-Up to `BLOCK_CLASSES` classes a row is held in registers; above, it is streamed with an online
-softmax, whose state every lane keeps for the classes it has seen. Both kernels
+Up to `BLOCK_CLASSES` classes (`LEAN_CLASSES` without probabilities) a row is held in registers;
+above, it is streamed with an online softmax, whose state every lane keeps for the classes it has
+seen. Both kernels
 
 - read in the input dtype and compute in float32;
 - count NaN as +inf, so that every maximum is a number; a row without a softmax (NaN, +inf, all
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 BLOCK_CLASSES = 16384  # above, a row in registers spills
+LEAN_CLASSES = 8192  # the same without probabilities, where a stream reads the logits once too
 STREAM_CLASSES = 4096  # classes per step of a streamed row
 TILE = 1024  # logits of one model per program, where several rows fit
 LOWEST = tl.constexpr(-1e4)  # exp of it is 0, and its product with 0 is not NaN
@@ -44,20 +46,23 @@ def _load(logits, start, lanes, end, extent, whole, VECTOR: tl.constexpr, EVEN: 
         end: Lane after a row's last class.
         extent: Number of elements of the tensor.
         whole: Whether all granules lie in the tensor. Elsewhere (in the last programs, if the
-            tensor's last granule is cut) elements are read one by one.
+            tensor's last granule is cut) the elements of that one granule are read one by one.
         VECTOR: Elements of a granule.
         EVEN: All rows of the tensor begin and end with a granule, so all lie in it.
     """
-    granules = lanes // VECTOR * VECTOR < end
+    granules = lanes // VECTOR * VECTOR
     if EVEN:
-        x = tl.load(logits + start + lanes, mask=granules, other=0.0)
+        x = tl.load(logits + start + lanes, mask=granules < end, other=0.0).to(tl.float32)
     else:
-        if whole:
-            x = tl.load(logits + start + lanes, mask=granules, other=0.0)
-        else:
-            inside = granules & (start + lanes < extent)
-            x = tl.load(logits + start + lanes, mask=inside, other=0.0)
-    return x.to(tl.float32)
+        # The granule that the tensor ends in, if it is cut, is at this lane of a row that has it.
+        edge, rest = extent // VECTOR * VECTOR, (extent % VECTOR).to(tl.int32)
+        cut = tl.minimum(edge - start, end).to(tl.int32)
+        x = tl.load(logits + start + lanes, mask=granules < cut, other=0.0).to(tl.float32)
+        if not whole:
+            for i in tl.static_range(VECTOR - 1):
+                own = tl.load(logits + edge + i, mask=i < rest, other=0.0).to(tl.float32)
+                x = tl.where((granules == cut) & (lanes % VECTOR == i), own, x)
+    return x
 
 
 @triton.jit
@@ -121,8 +126,6 @@ def block_kernel(
     start_base = (row * stride_base // VECTOR * VECTOR)[:, None]
     start_sidekick = (row * stride_sidekick // VECTOR * VECTOR)[:, None]
     lanes = tl.arange(0, BLOCK)[None, :]
-    column, valid = _classes(lanes, shift, classes, VECTOR, EVEN)
-    valid &= real[:, None]
     end = tl.where(real[:, None], shift + classes, 0)
     extent_base = _extent(rows - 1, stride_base, classes)
     extent_sidekick = _extent(rows - 1, stride_sidekick, classes)
@@ -132,23 +135,28 @@ def block_kernel(
     )
     a = _load(base, start_base, lanes, end, extent_base, whole, VECTOR, EVEN)
     b = _load(sidekick, start_sidekick, lanes, end, extent_sidekick, whole, VECTOR, EVEN)
+    column, valid = _classes(lanes, shift, classes, VECTOR, EVEN)
+    valid &= real[:, None]
 
+    if UQ_ONLY:  # first, so that the base's logits need no registers later on
+        a = _ranked(a, valid)
+        hit = (a == tl.max(a, axis=1)[:, None]) & valid
+        predicted = tl.min(tl.where(hit, column, classes), axis=1)
     z = _weigh(a, b, t_base, t_sidekick, valid)
     top = tl.max(z, axis=1)
+    if UQ_ONLY:
+        own = tl.max(tl.where(column == predicted[:, None], z, float("-inf")), axis=1)
+    else:
+        own = top
+        hit = (z == top[:, None]) & valid
+        predicted = tl.min(tl.where(hit, column, classes), axis=1)
     d = z - top[:, None]
     e = tl.exp(d)
     total = tl.sum(e, axis=1)
     spread = tl.sum(e * tl.maximum(d, LOWEST), axis=1)
     if UQ_ONLY:
-        ranked = _ranked(a, valid)
-        best = tl.max(ranked, axis=1)
-        hit = (ranked == best[:, None]) & valid
-        predicted = tl.min(tl.where(hit, column, classes), axis=1)
-        own = tl.max(tl.where(column == predicted[:, None], z, float("-inf")), axis=1)
         sure = tl.exp(own - top) / total
     else:
-        hit = (z == top[:, None]) & valid
-        predicted = tl.min(tl.where(hit, column, classes), axis=1)
         sure = 1.0 / total
     tl.store(prediction + row, predicted.to(tl.int64), mask=real)
     tl.store(confidence + row, sure, mask=real)
@@ -249,7 +257,9 @@ def stream_kernel(
             tl.store(probs + row * classes + column, tl.exp(z - peak) / norm, mask=valid)
 
 
-def plan(classes: int, itemsize: int, stride_base: int, stride_sidekick: int) -> dict[str, int]:
+def plan(
+    classes: int, itemsize: int, stride_base: int, stride_sidekick: int, return_probs: bool
+) -> dict[str, int]:
     """Compile-time constants and number of warps for one shape.
 
     Args:
@@ -257,6 +267,7 @@ def plan(classes: int, itemsize: int, stride_base: int, stride_sidekick: int) ->
         itemsize: Bytes of a logit.
         stride_base: Elements between two rows of the base's logits.
         stride_sidekick: The same of the sidekick's.
+        return_probs: Whether probabilities are written.
 
     Returns:
         Keyword arguments of the kernel; with ``ROWS`` it is `block_kernel`, else `stream_kernel`.
@@ -264,17 +275,18 @@ def plan(classes: int, itemsize: int, stride_base: int, stride_sidekick: int) ->
     vector = 16 // itemsize
     while stride_base % vector != stride_sidekick % vector:
         vector //= 2
-    streamed = classes > BLOCK_CLASSES
+    streamed = classes > (BLOCK_CLASSES if return_probs else LEAN_CLASSES)
     block = STREAM_CLASSES if streamed else triton.next_power_of_2(classes)
     # A row may begin anywhere in its first granule; that must not double the block.
     while not streamed and stride_base % vector and classes + vector - 1 > block:
         vector //= 2
     even = stride_base % vector == 0 and classes % vector == 0
     constants = {"BLOCK": block, "VECTOR": vector, "EVEN": even}
+    share = 8 * (64 if torch.version.hip else 32)  # of a warp: 8 logits a lane, 16 bytes at least
     if streamed:
-        return {**constants, "num_warps": 16}
+        return {**constants, "num_warps": block // share}
     rows = max(1, TILE // block)
-    return {**constants, "ROWS": rows, "num_warps": min(rows * block // 256, 16)}
+    return {**constants, "ROWS": rows, "num_warps": min(rows * block // share, 16)}
 
 
 def launch_head(
@@ -291,7 +303,7 @@ def launch_head(
     if rows == 0:
         return probs, prediction, confidence, entropy
     strides = int(base.stride(0)), int(sidekick.stride(0))
-    constants = plan(classes, base.element_size(), *strides)
+    constants = plan(classes, base.element_size(), *strides, return_probs)
     kernel = block_kernel if "ROWS" in constants else stream_kernel
     wrap_triton(kernel)[(triton.cdiv(rows, constants.get("ROWS", 1)),)](
         base,

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: interpreted, captured, and what it reads."""
+"""The Triton kernels without a GPU: interpreted, captured, and what they read."""
 
 import os
 import subprocess
