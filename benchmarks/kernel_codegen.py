@@ -30,7 +30,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,8 @@ LINE = re.compile(r"\s\.loc\s+(\d+) (\d+)")
 SASS = re.compile(r"\b(LD|ST)G(?:STS)?((?:\.\w+)*) ")
 PTX = re.compile(r"\b(ld|st)\.global((?:\.\w+)*) ")
 GCN = re.compile(r"\s(?:buffer|global|flat)_(lo|st)\w*?_([a-z]\w+) ")
-WIDTHS = {"x2": 64, "64": 64, "x3": 96, "x4": 128, "128": 128, "short": 16, "16": 16, "byte": 8}
+WIDTHS = {"256": 256, "128": 128, "x4": 128, "x3": 96, "x2": 64, "64": 64}
+WIDTHS |= {"short": 16, "16": 16, "byte": 8, "8": 8}
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ class Launch:
     """A launch to compile, and how to read its code."""
 
     labels: dict[str, Any]
-    """Says which one it is: kernel, classes, stride, dtype and variant."""
+    """Says which one it is: kernel, classes, stride (between two rows) and variant."""
     start: Callable[[], Any]
     """Calls the launcher."""
     tile: str
     """Pattern of the lines in the source that load a tile of logits."""
-    itemsize: int
-    """Bytes of a logit."""
+    dtype: torch.dtype
+    """Of the logits."""
 
 
 def head_launches(classes: Sequence[int]) -> Iterator[Launch]:
@@ -89,16 +91,10 @@ def head_launches(classes: Sequence[int]) -> Iterator[Launch]:
             logits = torch.empty(ROWS, stride, dtype=dtype, device="meta")[:, :count]
             flags = "no" not in variant, "uq" in variant
             yield Launch(
-                labels={
-                    "kernel": "head",
-                    "classes": count,
-                    "stride": stride,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "variant": variant,
-                },
+                {"kernel": "head", "classes": count, "stride": stride, "variant": variant},
                 start=partial(launch_head, logits, logits, temperatures, *flags),
                 tile=r"tl\.load\(logits \+ start \+ lanes",
-                itemsize=logits.element_size(),
+                dtype=dtype,
             )
 
 
@@ -108,16 +104,10 @@ def nll_launches(classes: Sequence[int]) -> Iterator[Launch]:
     for count, dtype, points in itertools.product(classes, DTYPES, (3, 18)):
         logits = torch.empty(ROWS, count, dtype=dtype, device="meta")
         yield Launch(
-            labels={
-                "kernel": "nll",
-                "classes": count,
-                "stride": count,
-                "dtype": str(dtype).removeprefix("torch."),
-                "variant": f"{points} points",
-            },
+            {"kernel": "nll", "classes": count, "stride": count, "variant": f"{points} points"},
             start=partial(launch_nll, logits, logits, targets, [(1.0, 1.0)] * points),
             tile=r"tl\.load\((base|sidekick) \+ column",
-            itemsize=logits.element_size(),
+            dtype=dtype,
         )
 
 
@@ -188,11 +178,10 @@ def machine_code(kernel: Any) -> tuple[Counter[int], Counter[int], dict[str, int
             resources = tool("cuobjdump", "-res-usage", file.name)
         accesses = SASS.findall(code)
         found = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", resources)}
-        registers, stack = found["REG"], found["STACK"]
+        registers, stack, parked = found["REG"], found["STACK"], 0
         spills = sum(bits(s) // 8 for s in re.findall(r"\bSTL((?:\.\w+)*) ", code))
-        parked = 0
-    loads = Counter(bits(suffix) for kind, suffix in accesses if kind.lower().startswith("l"))
-    stores = Counter(bits(suffix) for kind, suffix in accesses if kind.lower().startswith("s"))
+    loads = Counter(bits(suffix) for kind, suffix in accesses if kind[0] in "Ll")
+    stores = Counter(bits(suffix) for kind, suffix in accesses if kind[0] in "Ss")
     usage = {"registers": registers, "stack": stack, "spills": spills, "parked": parked}
     return loads, stores, usage
 
@@ -214,20 +203,19 @@ def listed_loads(kernel: Any) -> Iterator[tuple[int, str]]:
             yield int(vector[1] if vector else 1) * int(scalar[1]), source
 
 
-def examine(launch: Launch, name: str) -> dict[str, Any]:
+def examined(launch: Launch, name: str, kernel: Any) -> dict[str, Any]:
     """One line of the report."""
-    target = TARGETS[name]
-    kernel = compiled(launch, target)
     arguments = kernel.src.fn.arg_names
     constants = {arguments[i]: value for (i,), value in kernel.src.constants.items()}
     loads, stores, usage = machine_code(kernel)
     other = Counter(w for w, source in listed_loads(kernel) if not re.search(launch.tile, source))
     loads -= other
     tile = 2 * constants["BLOCK"] * constants.get("ROWS", 1)
-    loaded = sum(loads.elements()) / 8 * kernel.metadata.num_warps * target.warp_size
+    loaded = sum(loads.elements()) / 8 * kernel.metadata.num_warps * TARGETS[name].warp_size
     return {
         "target": name,
         **launch.labels,
+        "dtype": str(launch.dtype).removeprefix("torch."),
         "function": kernel.src.fn.__name__,
         "constants": {key: value for key, value in constants.items() if key.isupper()},
         "warps": kernel.metadata.num_warps,
@@ -236,9 +224,19 @@ def examine(launch: Launch, name: str) -> dict[str, Any]:
         "loads": dict(loads),
         "other": other.total(),
         "bytes_per_logit": loaded / tile,
-        "loads_per_logit": loaded / tile / launch.itemsize,
+        "loads_per_logit": loaded / tile / launch.dtype.itemsize,
         "stores": dict(stores),
     }
+
+
+def report(asked: Iterable[tuple[Launch, str]]) -> list[dict[str, Any]]:
+    """Compile launches for their targets, and disassemble some while others compile."""
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [
+            pool.submit(examined, launch, name, compiled(launch, TARGETS[name]))
+            for launch, name in asked
+        ]
+        return [task.result() for task in tasks]
 
 
 def show(records: list[dict[str, Any]], console: Console) -> None:
@@ -248,22 +246,22 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
     for (kernel, target), group in itertools.groupby(records, lambda r: (r["kernel"], r["target"])):
         table = Table(*headings, title=f"{kernel}, {target}")
         for record in group:
-            padded = record["stride"] != record["classes"]
-            constants, parked = record["constants"], record["parked"]
-            spills = {"spills": f"{record['spills']} +{parked}"} if parked else {}
-            widths = [
+            constants, classes, stride = (record[k] for k in ("constants", "classes", "stride"))
+            if record["parked"]:
+                record = {**record, "spills": f"{record['spills']} +{record['parked']}"}
+            loads, stores = (
                 " ".join(f"{n}x{width}" for width, n in sorted(record[kind].items(), reverse=True))
                 for kind in ("loads", "stores")
-            ]
+            )
             table.add_row(
-                f"{record['classes']}" + (f" of {record['stride']}" if padded else ""),
+                str(classes) if classes == stride else f"{classes} of {stride}",
                 record["dtype"],
-                *(str((record | spills)[name]) for name in plain),
+                *(str(record[name]) for name in plain),
                 f"{constants.get('ROWS', 1)}x{constants['BLOCK']}",
-                widths[0],
+                loads,
                 str(record["other"]),
                 f"{record['loads_per_logit']:g} ({record['bytes_per_logit']:g} B)",
-                widths[1],
+                stores,
             )
         console.print(table)
 
@@ -273,15 +271,15 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    parser.add_argument("--json", nargs="?", const="-", help="JSON objects, here or to a file")
+    parser.add_argument("--json", nargs="?", const="-", help="JSON, here or into a file as well")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so that Triton compiles nothing; unset it")
-    records = [
-        examine(launch, target)
+    records = report(
+        (launch, target)
         for kernel, target in itertools.product(options.kernel, options.target)
         for launch in KERNELS[kernel](options.classes)
-    ]
+    )
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if options.json == "-":
         print(lines, end="")

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-# Rows of whole granules and others; on targets that differ in where registers are short.
-ASKED = {"sm_90": ("1000", "1001", "21841"), "sm_100": ("16001",), "gfx942": ("1000",)}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,25 +30,35 @@ def records_of(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+# Rows of whole granules and others, short and streamed; registers are shortest on sm_100.
+REPORT = """
+import json, kernel_codegen
+everything = {"float32", "bfloat16", "float16"}
+asked = (
+    ("sm_90", 1000, everything),
+    ("sm_90", 1001, {"bfloat16"}),
+    ("sm_90", 21841, {"bfloat16"}),
+    ("sm_100", 16001, {"float32"}),
+    ("gfx942", 1000, {"float32", "bfloat16"}),
+)
+for record in kernel_codegen.report(
+    (launch, target)
+    for target, classes, dtypes in asked
+    for launch in kernel_codegen.head_launches([classes])
+    if str(launch.dtype).removeprefix("torch.") in dtypes
+):
+    print(json.dumps(record))
+"""
+
+
 @pytest.fixture(scope="module")
 def report() -> list[dict[str, Any]]:
-    script = ("kernel_codegen.py", "--json", "--kernel", "head")
-    return [
-        record
-        for target, classes in ASKED.items()
-        for record in records_of(*script, "--target", target, "--classes", *classes)
-    ]
-
-
-def test_the_report_has_every_variant_of_every_shape(report: list[dict[str, Any]]) -> None:
+    records = records_of("-c", REPORT)
     variants = {"probs", "no probs", "uq, probs", "uq, no probs"}
-    dtypes = {"float32", "bfloat16", "float16"}
-    for target, classes in ASKED.items():
-        for count in classes:
-            rows = [r for r in report if (r["target"], str(r["classes"])) == (target, count)]
-            seen = {(r["dtype"], r["variant"]) for r in rows if r["stride"] == r["classes"]}
-            assert seen == {(dtype, variant) for dtype in dtypes for variant in variants}
-    assert {r["function"] for r in report} == {"block_kernel", "stream_kernel"}
+    assert len(records) == (3 + 1 + 1 + 1 + 2) * len(variants) + (3 + 2) * 2  # 2 of padded rows
+    assert {r["variant"] for r in records} == variants
+    assert {r["function"] for r in records} == {"block_kernel", "stream_kernel"}
+    return records
 
 
 def test_nothing_is_spilled(report: list[dict[str, Any]]) -> None:
@@ -76,7 +84,7 @@ def test_loads_are_of_16_bytes_even_where_rows_do_not_begin_at_a_multiple(
 
 
 BAD_PLANS = """
-import json, kernel_codegen as report
+import json, kernel_codegen
 from lightning_duo_kernels import head_triton
 
 good, head_triton.BLOCK_CLASSES = head_triton.plan, 32768
@@ -86,8 +94,8 @@ for classes, changes in (
     (10, {"ROWS": 1}),
 ):
     head_triton.plan = lambda *arguments: {**good(*arguments), **changes}
-    launch = next(report.head_launches([classes]))
-    print(json.dumps(report.examine(launch, "sm_90")))
+    launch = next(kernel_codegen.head_launches([classes]))
+    print(json.dumps(*kernel_codegen.report([(launch, "sm_90")])))
 """
 
 
@@ -97,6 +105,16 @@ def test_the_report_would_see_narrow_loads_spills_and_repeated_loads() -> None:
     assert long["spills"] > 0
     assert long["stack"] > 0
     assert sparse["loads_per_logit"] > 1  # more threads than logits
+
+
+def test_the_command_reports_the_kernel_of_the_fit() -> None:
+    records = records_of(
+        *"kernel_codegen.py --json --kernel nll --target gfx942 --classes 1000".split()
+    )
+    assert len(records) == 3 * 2  # dtypes, numbers of points
+    for record in records:
+        assert record["function"] == "nll_kernel"
+        assert record["spills"] == record["stack"] == 0, record
 
 
 def test_the_interpreter_compiles_nothing_and_the_report_says_so() -> None:
