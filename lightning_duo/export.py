@@ -179,20 +179,21 @@ def _check_other_batches(duo: DuoModule, program: ExportedProgram, example: Any)
     for other in (1, size + 1, 2 * size + 2):
         rows = torch.arange(other, device=duo.temperatures.device) % size
         batch = tree_map(lambda x: x[rows] if _has_batch(x) else x, example)  # noqa: B023
+        cause = None
         try:
             same = all(
                 torch.allclose(mine.float(), theirs.float(), rtol=0, atol=1e-2, equal_nan=True)
                 for mine, theirs in zip(run(batch)[::2], duo(batch)[::2], strict=True)
             )
-        except Exception:  # a guard on the size
-            same = False
+        except Exception as error:  # a guard on the size
+            same, cause = False, error
         if most is not None or not same:
             unlike = f"of {other}" if most is None else f"of more than {most}"
             raise RuntimeError(
                 f"base or sidekick does something else for a batch {unlike} than for the "
                 f"{size} samples it was traced with, so no file can hold it; make its forward "
                 "independent of the batch size"
-            )
+            ) from cause
 
 
 def _write_program(

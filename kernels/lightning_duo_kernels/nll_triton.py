@@ -11,6 +11,7 @@ Traffic: 2 * N * K * itemsize bytes in, PROGRAMS * points * 56 out.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -120,7 +121,7 @@ def launch_nll(
     temperatures = torch.tensor(points, dtype=torch.float64, device=device)
     sums = torch.empty(programs, len(points), 7, dtype=torch.float64, device=device)
     if rows:
-        with torch.cuda.device(device) if base.is_cuda else torch.no_grad():
+        with torch.cuda.device(device) if base.is_cuda else nullcontext():
             nll_kernel[(programs,)](
                 base,
                 sidekick,
