@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_duo.callback import DuoCallback
     from lightning_duo.module import DuoModule, DuoOutput
     from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
+    from lightning_duo.threshold import Threshold, select_threshold
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "DuoOutput",
     "TemperatureFit",
     "Temperatures",
+    "Threshold",
     "fit_temperatures",
+    "select_threshold",
 ]
 
 _HOME = {
@@ -28,7 +31,9 @@ _HOME = {
     "DuoOutput": "module",
     "TemperatureFit": "temperature",
     "Temperatures": "temperature",
+    "Threshold": "threshold",
     "fit_temperatures": "temperature",
+    "select_threshold": "threshold",
 }
 
 

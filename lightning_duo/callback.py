@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_duo.batch import BatchFn, LogitsFn, check_targets, read_batch
 from lightning_duo.cofinetune import OptimizerFn, Recipe, SchedulerFn, SidekickTrainer
-from lightning_duo.metrics import DuoMetrics
+from lightning_duo.evaluation import DuoMetrics
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.sidekick import Sidekick, SidekickSource

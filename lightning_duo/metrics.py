@@ -1,21 +1,25 @@
-"""torchmetrics over `lightning_duo.selective`, and the metric set of a duo."""
+"""torchmetrics over `lightning_duo.selective`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE, plot_curve
 from typing_extensions import override
 
 from lightning_duo import selective
-from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures
-from lightning_duo_kernels import duo_head
+from lightning_duo.ranking import check_samples, fraction
 
 
 class _SelectiveMetric(Metric):
-    """Keeps (confidence, correct) of every sample: 5 bytes each for float32 confidences."""
+    """Keeps (confidence, correct) of every sample: 5 bytes each for float32 confidences.
+
+    Half-precision confidences are kept as float32, float64 as they are. Where some process may get
+    no sample, float64 needs ``metric.set_dtype(torch.float64)``, so that all exchange one dtype.
+    """
 
     full_state_update = False
     is_differentiable = False
@@ -26,6 +30,15 @@ class _SelectiveMetric(Metric):
         super().__init__(**kwargs)
         self.add_state("confidence", [], dist_reduce_fx="cat")
         self.add_state("correct", [], dist_reduce_fx="cat")
+        self.reset()
+
+    @override
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        # A process that gets no sample must still have something to exchange with the others.
+        self.confidence.append(torch.zeros(0, dtype=self.dtype, device=self.device))
+        self.correct.append(torch.zeros(0, dtype=torch.bool, device=self.device))
 
     @override
     def update(self, confidence: Tensor, correct: Tensor) -> None:
@@ -35,11 +48,21 @@ class _SelectiveMetric(Metric):
                 f"{type(self).__name__} expects confidence and correct of one shape (B,), got "
                 f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
             )
-        self.confidence.append(confidence)
-        self.correct.append(correct.bool())
+        if len(confidence):
+            check_samples(confidence, correct)
+            self.confidence.append(confidence.to(torch.promote_types(confidence.dtype, self.dtype)))
+            self.correct.append(correct.bool())
 
     def _samples(self) -> tuple[Tensor, Tensor]:
+        # torch.cat promotes the empty float32 tensor that `reset` left.
         return dim_zero_cat(self.confidence), dim_zero_cat(self.correct)
+
+    @override
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot the value, or given values (over steps), as every torchmetrics metric does."""
+        return self._plot(val, ax)
 
 
 class AURC(_SelectiveMetric):
@@ -118,9 +141,7 @@ class SelectiveAccuracyConstraint(_SelectiveMetric):
 
     def __init__(self, accuracy: float = 0.98, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy must be a fraction in [0, 1], got {accuracy}")
-        self.accuracy = accuracy
+        self.accuracy = float(fraction(accuracy, "accuracy"))
 
     @override
     def compute(self) -> Tensor:
@@ -148,115 +169,139 @@ class CorrectnessAUROC(_SelectiveMetric):
         return selective.correctness_auroc(*self._samples())
 
 
-class DuoMetrics(Metric):
-    """Base, sidekick and duo in every form, measured on the same samples.
-
-    All seven are one weighted sum of logits with different temperatures: ``base`` (1, 0),
-    ``base_scaled`` (t, 0), ``sidekick`` (0, 1), ``sidekick_scaled`` (0, t), ``unweighted``
-    (0.5, 0.5), ``duo`` (fitted) and ``uq_only`` (fitted, but predicting with the base alone).
-
-    Each has accuracy, f1 (macro), nll (nats), brier (summed over classes), ece (15 bins), auroc
-    (of correctness), aurc and sac98. For ``uq_only`` nll and brier are those of ``duo``: both
-    judge the probabilities, which the two share.
-
-    Args:
-        num_classes: K.
-        fit: The fitted temperatures.
+class SelectiveAccuracy(_SelectiveMetric):
+    """Accuracy at a coverage; see `lightning_duo.selective.accuracy_at_coverage`.
 
     Example:
         >>> import torch
-        >>> from lightning_duo import fit_temperatures
-        >>> base, sidekick = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.zeros(2, 2)
-        >>> targets = torch.tensor([0, 1])
-        >>> metrics = DuoMetrics(2, fit_temperatures(base, sidekick, targets))
-        >>> metrics.update(base, sidekick, targets)
-        >>> metrics.compute()["duo"]["accuracy"]
-        0.5
+        >>> metric = SelectiveAccuracy(coverage=0.5)
+        >>> metric.update(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, True, False]))
+        >>> metric.compute()
+        tensor(1.)
+    """
 
-    Source: Asymmetric Duos, Sec. 3.1 (ablations) and Sec. 5 (metrics).
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+
+    def __init__(self, coverage: float = 0.8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.coverage = float(fraction(coverage, "coverage"))
+
+    @override
+    def compute(self) -> Tensor:
+        """Accuracy among the accepted of all samples seen, a scalar."""
+        return selective.accuracy_at_coverage(*self._samples(), self.coverage)
+
+
+class FalsePositiveRate(_SelectiveMetric):
+    """Wrong predictions accepted with 95 % of the right ones; see `selective.fpr_at_tpr`.
+
+    Example:
+        >>> import torch
+        >>> metric = FalsePositiveRate(tpr=0.95)
+        >>> metric.update(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True]))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    higher_is_better = False
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+
+    def __init__(self, tpr: float = 0.95, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tpr = float(fraction(tpr, "tpr"))
+
+    @override
+    def compute(self) -> Tensor:
+        """False-positive rate over all samples seen, a scalar."""
+        return selective.fpr_at_tpr(*self._samples(), self.tpr)
+
+
+class RiskCoverageCurve(_SelectiveMetric):
+    """Risk at every coverage; see `lightning_duo.selective.risk_coverage_curve`.
+
+    Args:
+        generalized: Whether to count the errors among all samples, not among the accepted; see
+            `lightning_duo.selective.generalized_risk_coverage_curve`.
+
+    Example:
+        >>> import torch
+        >>> metric = RiskCoverageCurve()
+        >>> metric.update(torch.tensor([0.9, 0.6]), torch.tensor([True, False]))
+        >>> metric.compute().risk
+        tensor([0.0000, 0.5000])
+    """
+
+    def __init__(self, *, generalized: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.generalized = generalized
+
+    @override
+    def compute(self) -> selective.RiskCoverageCurve:
+        """The curve over all N samples seen, each part of shape (N,)."""
+        if self.generalized:
+            return selective.generalized_risk_coverage_curve(*self._samples())
+        return selective.risk_coverage_curve(*self._samples())
+
+    @override
+    def plot(
+        self, val: Any = None, ax: _AX_TYPE | None = None, *, score: bool = True
+    ) -> _PLOT_OUT_TYPE:
+        """Draw the curve, or the given one; with ``score``, its area (AURC or AUGRC) beside it."""
+        curve = val or self.compute()
+        if self.generalized:
+            area = selective.augrc(*self._samples()) if score else None
+            labels = ("Coverage", "Generalized risk")
+        else:
+            area = curve.risk.double().mean() if score else None
+            labels = ("Coverage", "Risk")
+        return plot_curve(curve, score=area, ax=ax, label_names=labels, name=type(self).__name__)
+
+
+class Brier(Metric):
+    """Squared error of the probabilities, averaged over samples, lower is better.
+
+    Args:
+        mean_over_classes: Whether to average over the K classes, as the code of Asymmetric Duos
+            does; by default their errors are summed (Brier 1950), in [0, 2].
+
+    Example:
+        >>> import torch
+        >>> metric = Brier()
+        >>> metric.update(torch.tensor([[0.8, 0.2], [0.5, 0.5]]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        tensor(0.2900)
     """
 
     full_state_update = False
-    confidence: list[Tensor]
-    prediction: list[Tensor]
-    targets: list[Tensor]
-    nll: Tensor
-    brier: Tensor
+    is_differentiable = True
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    total: Tensor
+    samples: Tensor
 
-    def __init__(self, num_classes: int, fit: TemperatureFit, **kwargs: Any) -> None:
+    def __init__(self, *, mean_over_classes: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_classes = num_classes
-        self.forms = {
-            "base": Temperatures(1.0, 0.0),
-            "base_scaled": fit.scaled_base,
-            "sidekick": Temperatures(0.0, 1.0),
-            "sidekick_scaled": fit.scaled_sidekick,
-            "unweighted": UNWEIGHTED,
-            "duo": fit.temperatures,
-            "uq_only": fit.temperatures,
-        }
-        for name in ("confidence", "prediction", "targets"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-        zeros = torch.zeros(len(self.forms), dtype=torch.float64)
-        self.add_state("nll", zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("brier", zeros.clone(), dist_reduce_fx="sum")
-        self.reset()
+        self.mean_over_classes = mean_over_classes
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @override
-    def reset(self) -> None:
-        """Forget all samples."""
-        super().reset()
-        # A process that gets no sample must still have something to exchange with the others.
-        self.confidence.append(torch.zeros(0, len(self.forms), device=self.device))
-        self.prediction.append(torch.zeros(0, len(self.forms), device=self.device).long())
-        self.targets.append(torch.zeros(0, device=self.device).long())
+    def update(self, probs: Tensor, targets: Tensor) -> None:
+        """Add a batch: probabilities (B, K) and true classes (B,)."""
+        errors = selective.brier_scores(probs, targets)
+        classes = probs.shape[1] if self.mean_over_classes else 1
+        self.total = self.total + errors.sum() / classes
+        self.samples += len(targets)
 
     @override
-    def update(self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits of both models (B, K) and true classes (B,)."""
-        base, sidekick = base_logits.float(), sidekick_logits.float()
-        confidence, prediction = [], []
-        for i, (form, temperatures) in enumerate(self.forms.items()):
-            weights = torch.tensor(temperatures, dtype=torch.float32, device=base.device)
-            head = duo_head(base, sidekick, weights, uq_only=form == "uq_only")
-            assert head.probs is not None
-            confidence.append(head.confidence)
-            prediction.append(head.prediction)
-            right = head.probs.gather(1, targets[:, None]).double().squeeze(1)
-            self.brier[i] += (head.probs.double().square().sum(1) - 2 * right + 1).sum()
-            self.nll[i] += _nll(base, sidekick, temperatures, targets)
-        self.confidence.append(torch.stack(confidence, dim=1))
-        self.prediction.append(torch.stack(prediction, dim=1))
-        self.targets.append(targets)
+    def compute(self) -> Tensor:
+        """Brier score over all samples seen, a scalar, float32."""
+        return (self.total / self.samples).float()
 
     @override
-    def compute(self) -> dict[str, dict[str, float]]:
-        """Value of every metric of every form, e.g. ``compute()["duo"]["aurc"]``."""
-        confidences, predictions = dim_zero_cat(self.confidence), dim_zero_cat(self.prediction)
-        targets = dim_zero_cat(self.targets)
-        results = {}
-        for i, form in enumerate(self.forms):
-            confidence, prediction = confidences[:, i], predictions[:, i]
-            correct = prediction == targets
-            values = {
-                "accuracy": multiclass_accuracy(
-                    prediction, targets, self.num_classes, average="micro"
-                ),
-                "f1": multiclass_f1_score(prediction, targets, self.num_classes, average="macro"),
-                "nll": self.nll[i] / len(targets),
-                "brier": self.brier[i] / len(targets),
-                "ece": selective.expected_calibration_error(confidence, correct),
-                "auroc": selective.correctness_auroc(confidence, correct),
-                "aurc": selective.aurc(confidence, correct),
-                "sac98": selective.coverage_at_accuracy(confidence, correct, 0.98),
-            }
-            results[form] = {name: float(value) for name, value in values.items()}
-        return results
-
-
-def _nll(base: Tensor, sidekick: Tensor, temperatures: Temperatures, targets: Tensor) -> Tensor:
-    """Summed NLL in float64, so that it orders two models as the fit does."""
-    masked = (base == -torch.inf) | (sidekick == -torch.inf)
-    logits = temperatures.base * base.double() + temperatures.sidekick * sidekick.double()
-    logits = logits.masked_fill(masked, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot the value, or given values (over steps), as every torchmetrics metric does."""
+        return self._plot(val, ax)

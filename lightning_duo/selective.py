@@ -8,11 +8,13 @@ errors are spread evenly over their group, so permuting the samples changes noth
 """
 
 import warnings
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_duo import ranking
+from lightning_duo.ranking import Counts, check_samples, fraction, rank
 
 
 class RiskCoverageCurve(NamedTuple):
@@ -47,12 +49,43 @@ def risk_coverage_curve(confidence: Tensor, correct: Tensor) -> RiskCoverageCurv
 
     Source: Geifman and El-Yaniv (2017); Asymmetric Duos, Sec. 5.3.
     """
-    ranked = _rank(confidence, correct)
-    accepted = torch.arange(1, len(ranked.errors) + 1, device=confidence.device)
+    ranked = rank(confidence, correct)
+    accepted = torch.arange(1, len(ranked.order) + 1, device=confidence.device)
     return RiskCoverageCurve(
-        ranked.result(accepted / len(accepted)),
-        ranked.result(ranked.errors / accepted),
+        _like(confidence, accepted.double() / len(accepted)),
+        _like(confidence, ranked.errors_by_rank() / accepted),
         ranked.confidence,
+    )
+
+
+def generalized_risk_coverage_curve(confidence: Tensor, correct: Tensor) -> RiskCoverageCurve:
+    """Undetected errors among the k surest samples as a share of all N, for every k.
+
+    Args:
+        confidence: Scores, shape (N,), higher is surer.
+        correct: Whether each prediction is right, shape (N,), bool or 0/1.
+
+    Returns:
+        The curve; its ``risk`` is (errors among the accepted) / N, which never falls with coverage
+        and ends at the error rate. The area under it, from (0, 0), is `augrc`.
+
+    Raises:
+        ValueError: As in `risk_coverage_curve`.
+
+    Example:
+        >>> import torch
+        >>> correct = torch.tensor([False, True])
+        >>> generalized_risk_coverage_curve(torch.tensor([0.9, 0.6]), correct).risk
+        tensor([0.5000, 0.5000])
+
+    Source: Traub et al. (2024), "Overcoming Common Flaws in the Evaluation of Selective
+    Classification Systems".
+    """
+    curve = risk_coverage_curve(confidence.double(), correct)
+    return RiskCoverageCurve(
+        _like(confidence, curve.coverage),
+        _like(confidence, curve.risk * curve.coverage),
+        curve.threshold.to(confidence.dtype),
     )
 
 
@@ -76,8 +109,7 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
 
     Source: Geifman et al. (2019); Asymmetric Duos, Sec. 5.3.
     """
-    ranked = _rank(confidence, correct)
-    return ranked.result(_mean_risk(ranked.errors))
+    return _like(confidence, ranking.mean_risk(rank(confidence, correct).counts))
 
 
 def e_aurc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -100,10 +132,8 @@ def e_aurc(confidence: Tensor, correct: Tensor) -> Tensor:
 
     Source: Geifman et al. (2019), with the oracle of the same N samples.
     """
-    ranked = _rank(confidence, correct)
-    samples = torch.arange(1, len(ranked.errors) + 1, device=confidence.device)
-    oracle = (samples - ranked.right).clamp(min=0).double()
-    return ranked.result(_mean_risk(ranked.errors) - _mean_risk(oracle))
+    counts = rank(confidence, correct).counts
+    return _like(confidence, ranking.mean_risk(counts) - ranking.oracle_risk(counts))
 
 
 def augrc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -128,9 +158,7 @@ def augrc(confidence: Tensor, correct: Tensor) -> Tensor:
     Source: Traub et al. (2024), "Overcoming Common Flaws in the Evaluation of Selective
     Classification Systems".
     """
-    ranked = _rank(confidence, correct)
-    count = len(ranked.errors)
-    return ranked.result((ranked.errors.sum() - ranked.errors[-1] / 2) / count**2)
+    return _like(confidence, ranking.mean_undetected(rank(confidence, correct).counts))
 
 
 def coverage_at_accuracy(confidence: Tensor, correct: Tensor, accuracy: float) -> Tensor:
@@ -159,12 +187,9 @@ def coverage_at_accuracy(confidence: Tensor, correct: Tensor, accuracy: float) -
 
     Source: Asymmetric Duos, Sec. 5.4.
     """
-    target = _fraction(accuracy, "accuracy")
-    ranked = _rank(confidence, correct)
-    accepted = ranked.group_end
-    enough = (accepted - ranked.group_errors) * target.denominator >= accepted * target.numerator
-    most = torch.where(enough, accepted, 0).max()
-    return ranked.result(most / len(ranked.errors))
+    target = fraction(accuracy, "accuracy")
+    counts = rank(confidence, correct).counts
+    return _like(confidence, ranking.most_accepted(counts, target).double() / counts.total)
 
 
 def accuracy_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Tensor:
@@ -189,12 +214,12 @@ def accuracy_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -
 
     Source: Geifman and El-Yaniv (2017).
     """
-    fraction = _fraction(coverage, "coverage")
-    if not fraction:
+    share = fraction(coverage, "coverage")
+    if not share:
         raise ValueError("coverage must be in (0, 1], got 0: no sample would be accepted")
-    ranked = _rank(confidence, correct)
-    accepted = -(-fraction.numerator * len(ranked.errors) // fraction.denominator)
-    return ranked.result(1 - ranked.errors[accepted - 1] / accepted)
+    errors = rank(confidence, correct).errors_by_rank()
+    accepted = -(-share.numerator * len(errors) // share.denominator)
+    return _like(confidence, 1 - errors[accepted - 1] / accepted)
 
 
 def correctness_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -218,21 +243,41 @@ def correctness_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
 
     Source: Asymmetric Duos, Sec. 5.2.
     """
-    ranked = _rank(confidence, correct)
-    count, right = len(ranked.errors), ranked.right
-    if right in (0, count):
-        warnings.warn(
-            f"correctness AUROC is undefined (NaN): all {count} predictions are "
-            f"{'right' if right else 'wrong'}",
-            stacklevel=2,
-        )
-        return ranked.result(torch.tensor(torch.nan))
-    # Each right prediction beats the wrong ones of less sure groups, and half of its own group's.
-    size = ranked.group_end.diff(prepend=ranked.group_end.new_zeros(1))
-    wrong = ranked.group_errors.diff(prepend=ranked.group_errors.new_zeros(1))
-    below = (count - right) - ranked.group_errors
-    twice_wins = ((size - wrong) * (2 * below + wrong)).sum()
-    return ranked.result(twice_wins.double() / (2 * right * (count - right)))
+    counts = rank(confidence, correct).counts
+    _warn_if_one_sided(counts, "correctness AUROC")
+    return _like(confidence, ranking.right_above_wrong(counts))
+
+
+def fpr_at_tpr(confidence: Tensor, correct: Tensor, tpr: float = 0.95) -> Tensor:
+    """Share of the wrong predictions that pass where a given share of the right ones does.
+
+    Args:
+        confidence: Scores, shape (N,), higher is surer.
+        correct: Whether each prediction is right, shape (N,), bool or 0/1.
+        tpr: Share of the right predictions to accept, in (0, 1]; the highest threshold that
+            accepts as many is taken, and groups of equal confidence are accepted whole.
+
+    Returns:
+        False-positive rate in [0, 1], a scalar, lower is better; NaN, with a warning, if all
+        predictions are right or all wrong.
+
+    Raises:
+        ValueError: As in `risk_coverage_curve`, or if ``tpr`` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> correct = torch.tensor([True, False, True, False])
+        >>> fpr_at_tpr(torch.tensor([0.9, 0.8, 0.7, 0.6]), correct)
+        tensor(0.5000)
+
+    Source: Hendrycks and Gimpel (2017), for right against wrong predictions.
+    """
+    share = fraction(tpr, "tpr")
+    if not share:
+        raise ValueError("tpr must be in (0, 1], got 0: no prediction would be accepted")
+    counts = rank(confidence, correct).counts
+    _warn_if_one_sided(counts, f"FPR at {float(100 * share):g} % TPR")
+    return _like(confidence, ranking.wrong_share(counts, share))
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
@@ -259,69 +304,71 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
 
     Source: Guo et al. (2017); Asymmetric Duos, Sec. 5.2.
     """
-    hits = _check(confidence, correct)
+    hits = check_samples(confidence, correct)
     if confidence.min() < 0 or confidence.max() > 1:
         raise ValueError(
             "expected_calibration_error expects probabilities in [0, 1], got "
             f"{confidence.min():g} to {confidence.max():g}"
         )
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    scores = confidence.double()
-    bin_of = torch.bucketize(scores, edges[1:-1])
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap.scatter_add_(0, bin_of, scores - hits.double())
+    bin_of = calibration_bins(confidence, bins)
+    gap.scatter_add_(0, bin_of, confidence.double() - hits.double())
     return _like(confidence, gap.abs().sum() / len(confidence))
 
 
-class _Ranked(NamedTuple):
-    confidence: Tensor  # (N,), descending
-    errors: Tensor  # (N,) float64: errors among the k surest, interpolated inside ties
-    group_end: Tensor  # (G,) int64: samples up to the end of each group of equal confidence
-    group_errors: Tensor  # (G,) int64: errors up to there
-    right: int
-
-    def result(self, value: Tensor) -> Tensor:
-        return _like(self.confidence, value)
+def calibration_bins(confidence: Tensor, bins: int) -> Tensor:
+    """The equal-width bin ``(lo, hi]`` of [0, 1] of each confidence, shape (N,), int64."""
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
+    return torch.bucketize(confidence.double(), edges[1:-1])
 
 
-def _rank(confidence: Tensor, correct: Tensor) -> _Ranked:
-    hits = _check(confidence, correct)
-    scores, order = confidence.sort(descending=True, stable=True)
-    _, group, size = torch.unique_consecutive(scores, return_inverse=True, return_counts=True)
-    wrong = torch.zeros_like(size).scatter_add_(0, group, (~hits[order]).long())
-    group_end, group_errors = size.cumsum(0), wrong.cumsum(0)
-    position = torch.arange(1, len(scores) + 1, device=scores.device)
-    inside = (position - (group_end - size)[group]).double() / size[group]
-    errors = (group_errors - wrong)[group] + inside * wrong[group]
-    return _Ranked(scores, errors, group_end, group_errors, int(hits.sum()))
+def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of each sample's probabilities, summed over classes; lower is better.
+
+    Args:
+        probs: Class probabilities, shape (N, K), rows that sum to 1.
+        targets: True classes, shape (N,), an integer dtype.
+
+    Returns:
+        Scores in [0, 2], shape (N,), float64; their mean is the Brier score. (The code of
+        Asymmetric Duos divides it by K.)
+
+    Raises:
+        ValueError: If the shapes do not fit, rows are no probabilities, or targets are out of
+            range.
+
+    Example:
+        >>> import torch
+        >>> brier_scores(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
+        tensor([0.5000], dtype=torch.float64)
+
+    Source: Brier (1950); Asymmetric Duos, App. E.
+    """
+    if probs.ndim != 2 or targets.shape != probs.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            "expected probs (N, K) and integer targets (N,), got "
+            f"{tuple(probs.shape)} and {targets.dtype} {tuple(targets.shape)}"
+        )
+    if not len(targets):
+        return torch.zeros(0, dtype=torch.float64, device=probs.device)
+    exact = probs.double()
+    if not (exact >= 0).all() or (exact.sum(1) - 1).abs().max() > 1e-2:
+        raise ValueError("expected probs as rows of probabilities that sum to 1; apply softmax")
+    if targets.min() < 0 or targets.max() >= probs.shape[1]:
+        raise ValueError(f"expected targets in 0..{probs.shape[1] - 1}")
+    right = exact.gather(1, targets.long()[:, None]).squeeze(1)
+    return exact.square().sum(1) - 2 * right + 1
 
 
-def _mean_risk(errors: Tensor) -> Tensor:
-    return (errors / torch.arange(1, len(errors) + 1, device=errors.device)).mean()
+def _warn_if_one_sided(counts: Counts, what: str) -> None:
+    total, wrong = int(counts.total), int(counts.wrong)
+    if wrong in (0, total):
+        warnings.warn(
+            f"{what} is undefined (NaN): all {total} predictions are "
+            f"{'wrong' if wrong else 'right'}",
+            stacklevel=3,
+        )
 
 
 def _like(confidence: Tensor, value: Tensor) -> Tensor:
     return value.to(torch.float64 if confidence.dtype == torch.float64 else torch.float32)
-
-
-def _fraction(number: float, name: str) -> Fraction:
-    """The fraction a decimal was meant as, so that counts can be compared exactly."""
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be a fraction in [0, 1], got {number}")
-    return Fraction(str(float(number))).limit_denominator(10**9)
-
-
-def _check(confidence: Tensor, correct: Tensor) -> Tensor:
-    if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
-        raise ValueError(
-            "expected confidence and correct of one shape (N,) with N >= 1, got "
-            f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
-        )
-    if not confidence.is_floating_point() or confidence.isnan().any():
-        raise ValueError(
-            f"expected confidence as floating-point numbers, got {confidence.dtype}"
-            f"{' with NaN' if confidence.is_floating_point() else ''}"
-        )
-    if correct.dtype != torch.bool and not ((correct == 0) | (correct == 1)).all():
-        raise ValueError("expected correct as booleans, or numbers 0 and 1")
-    return correct.bool()

@@ -11,8 +11,12 @@ ROOT = Path(__file__).parent.parent
 # A file may import those before it.
 ORDER = [
     "temperature",
+    "ranking",
     "selective",
+    "threshold",
     "metrics",
+    "evaluation",
+    "bootstrap",
     "batch",
     "module",
     "export",
@@ -20,6 +24,8 @@ ORDER = [
     "cofinetune",
     "cost",
     "pair",
+    "calibration",
+    "figures",
     "report",
     "callback",
     "cli",

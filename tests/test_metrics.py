@@ -7,13 +7,14 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 from torch.nn.functional import one_hot
 
 from lightning_duo import fit_temperatures, metrics, selective
+from lightning_duo.evaluation import DuoMetrics
 
 BASE, SIDEKICK, TARGETS = make_logits(300, 5, seed=4, margin=1.5)
 FIT = fit_temperatures(BASE, SIDEKICK, TARGETS)
 
 
 def test_duo_metrics_against_other_libraries() -> None:
-    found = metrics.DuoMetrics(5, FIT)
+    found = DuoMetrics(5, FIT)
     for rows in torch.arange(300).split(64):
         found.update(BASE[rows], SIDEKICK[rows], TARGETS[rows])
     results = found.compute()
@@ -41,14 +42,17 @@ def test_duo_metrics_against_other_libraries() -> None:
             "brier": float((probs - one_hot(TARGETS, 5)).square().sum(1).mean()),
             "ece": float(selective.expected_calibration_error(confidence, correct)),
             "auroc": roc_auc_score(correct, confidence),
+            "fpr95": float(selective.fpr_at_tpr(confidence, correct)),
             "aurc": float(selective.aurc(confidence, correct)),
+            "e_aurc": float(selective.e_aurc(confidence, correct)),
+            "augrc": float(selective.augrc(confidence, correct)),
             "sac98": float(selective.coverage_at_accuracy(confidence, correct, 0.98)),
         }
         assert results[form] == pytest.approx(expected, rel=1e-5, abs=1e-6), form
 
 
 def test_measured_nll_is_the_fitted_nll_and_orders_the_models() -> None:
-    found = metrics.DuoMetrics(5, FIT)
+    found = DuoMetrics(5, FIT)
     found.update(BASE, SIDEKICK, TARGETS)
     results = found.compute()
     assert results["duo"]["nll"] == pytest.approx(FIT.nll, rel=1e-12)
@@ -57,12 +61,12 @@ def test_measured_nll_is_the_fitted_nll_and_orders_the_models() -> None:
 
 
 def test_reset_forgets() -> None:
-    found = metrics.DuoMetrics(5, FIT)
+    found = DuoMetrics(5, FIT)
     found.update(SIDEKICK, BASE, TARGETS)
     found.compute()
     found.reset()
     found.update(BASE, SIDEKICK, TARGETS)
-    once = metrics.DuoMetrics(5, FIT)
+    once = DuoMetrics(5, FIT)
     once.update(BASE, SIDEKICK, TARGETS)
     assert found.compute() == once.compute()
 

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from lightning_duo import fit_temperatures
-from lightning_duo.metrics import DuoMetrics
+from lightning_duo.evaluation import DuoMetrics
 from lightning_duo.report import save_risk_coverage_figure, summary_table
 
 
