@@ -8,7 +8,8 @@ import json
 import statistics
 from pathlib import Path
 
-from lightning_duo.report import COLUMNS, NAMES
+from lightning_duo.figures import NAMES
+from lightning_duo.summary import COLUMNS, SUMMARY, heading
 
 
 def main() -> None:
@@ -21,13 +22,13 @@ def main() -> None:
         deviation = f" ± {statistics.stdev(scaled):.{decimals}f}" if len(scaled) > 1 else ""
         return f"{statistics.mean(scaled):.{decimals}f}{deviation}"
 
-    headings = [f"{name} {'↑' if higher else '↓'}" for name, higher, _, _ in COLUMNS.values()]
+    headings = [heading(metric) for metric in SUMMARY]
     print("| |", " | ".join(headings), "|")
     print("|---|" + "---|" * len(headings))
     for form, name in NAMES.items():
         cells = [
-            spread([run[form][metric] for run in runs], factor, decimals)
-            for metric, (_, _, factor, decimals) in COLUMNS.items()
+            spread([run[form][m] for run in runs], COLUMNS[m].factor, COLUMNS[m].decimals)
+            for m in SUMMARY
         ]
         print(f"| {name} |", " | ".join(cells), "|")
     print()

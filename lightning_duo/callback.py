@@ -15,15 +15,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_duo.batch import BatchFn, LogitsFn, check_targets, read_batch
+from lightning_duo.calibration import Calibration, check_request
 from lightning_duo.cofinetune import OptimizerFn, Recipe, SchedulerFn, SidekickTrainer
-from lightning_duo.evaluation import DuoMetrics
+from lightning_duo.cost import Cost
+from lightning_duo.evaluation import DuoMetrics, Predictions, measure
+from lightning_duo.figures import check_matplotlib, log_figures
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.sidekick import Sidekick, SidekickSource
 from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
+from lightning_duo.threshold import Threshold, select_thresholds
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class DuoCallback(Callback):
@@ -32,10 +36,15 @@ class DuoCallback(Callback):
     During fit the sidekick learns from the batches your model sees. At the end of every
     validation the two temperatures are fitted to the validation set, and metrics are logged as
     ``{base|base_scaled|sidekick|duo}/{val|test}_{metric}`` (accuracy, f1, nll, brier, ece, auroc,
-    aurc, sac98) with ``duo/temperature_base`` and ``duo/temperature_sidekick``; the val metrics of
-    the fitted forms are thus measured on the set that fitted two numbers. `Trainer.test` evaluates
-    with the fitted temperatures and never refits. Your module, its optimizer and its random
-    numbers are left as they would be without the callback.
+    fpr95, aurc, e_aurc, augrc, sac98) with ``duo/temperature_base`` and
+    ``duo/temperature_sidekick``; the val metrics of the fitted forms are thus measured on the set
+    that fitted two numbers. `Trainer.test` evaluates with the fitted temperatures and never refits.
+    Your module, its optimizer and its random numbers are left as they would be without the
+    callback.
+
+    With a ``target_accuracy`` the confidence from which predictions are accepted is chosen on the
+    same samples, logged as ``duo/threshold``, and part of checkpoints and of `module`;
+    ``duo/{val|test}_coverage`` and ``duo/{val|test}_selective_accuracy`` say what it accepts.
 
     With several dataloaders the first validation loader fits; the metrics of further loaders have
     ``/loader_<i>`` behind their names, i = 1, 2, ...
@@ -57,10 +66,17 @@ class DuoCallback(Callback):
         optimizer: ``parameters -> Optimizer``; by default AdamW.
         lr_scheduler: ``optimizer -> scheduler``, stepped with the optimizer; by default linear
             warm-up, then cosine.
+        target_accuracy: Accuracy that accepted predictions are to reach, in (0, 1]; by default all
+            are accepted.
+        delta: Probability with which the accepted of new data may miss it; see `select_threshold`.
+        figures: Whether to send figures (risk-coverage, reliability, confidence) to the loggers at
+            the end of every validation and test; needs matplotlib, and a logger that takes figures
+            (TensorBoard, or one with ``log_image``).
         summary: Whether to print a table of what was gained after fit.
 
     Raises:
         ValueError: If no model is called ``sidekick``, or an argument is out of range.
+        ImportError: If figures are wanted and matplotlib is missing.
         FileNotFoundError: If the weights file does not exist.
 
     Example:
@@ -83,6 +99,9 @@ class DuoCallback(Callback):
         probe: float = 0.3,
         optimizer: OptimizerFn | None = None,
         lr_scheduler: SchedulerFn | None = None,
+        target_accuracy: float | None = None,
+        delta: float | None = None,
+        figures: bool = False,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -95,15 +114,21 @@ class DuoCallback(Callback):
         )
         self._pair = Pair(self._sidekick, batch_fn or read_batch, logits_fn)
         self._recipe = Recipe(probe, optimizer, lr_scheduler)
-        self._summary = summary
-        self.fit: TemperatureFit | None = None
-        """The last temperature fit; None before the first validation."""
+        check_request(target_accuracy, delta)
+        if figures:
+            check_matplotlib()
+        self._target_accuracy, self._delta = target_accuracy, delta
+        self._figures, self._summary = figures, summary
+        self.calibration: Calibration | None = None
+        """Temperatures and threshold of the last validation; None before the first."""
         self.fitted_at_step = -1
         """The Trainer's global step at that fit."""
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         """Stage ("val", "test") -> model -> metric -> value, of the last run; see `DuoMetrics`."""
-        self.balance: float | None = None
-        """FLOPs of the sidekick over those of the base, known after fit."""
+        self.predictions: dict[str, dict[str, Predictions]] = {}
+        """Stage -> form -> what it said of the samples of the last run; what `results` measure."""
+        self.cost: Cost | None = None
+        """FLOPs and parameters of both models, known after fit."""
         self._module: LightningModule | None = None
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
@@ -111,6 +136,16 @@ class DuoCallback(Callback):
         self._restored = False
         self._collected: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._metrics: dict[int, DuoMetrics] = {}
+
+    @property
+    def fit(self) -> TemperatureFit | None:
+        """The last temperature fit; None before the first validation."""
+        return None if self.calibration is None else self.calibration.fit
+
+    @property
+    def balance(self) -> float | None:
+        """FLOPs of the sidekick over those of the base, known after fit."""
+        return None if self.cost is None else self.cost.balance
 
     @property
     def module(self) -> DuoModule:
@@ -121,12 +156,45 @@ class DuoCallback(Callback):
             ValueError: If the base's logits can be computed neither by its forward nor by
                 ``logits_fn``.
         """
-        if self.fit is None or self._module is None:
+        if self.calibration is None or self._module is None:
             raise MisconfigurationException(
                 "there is no duo yet: no temperatures were fitted; run trainer.fit with validation "
                 "data, or trainer.validate"
             )
-        return self._pair.duo(self._module, self.fit.temperatures)
+        return self._pair.duo(self._module, self.calibration)
+
+    def write_report(
+        self, path: str | Path, *, stage: str | None = None, resamples: int = 1000
+    ) -> Path:
+        """Write a report on the last test, or validation, as one HTML file.
+
+        Args:
+            path: The file to write, ``*.html``.
+            stage: A key of `results`; by default "test" after a test, else "val".
+            resamples: Of the bootstrap that gives the intervals.
+
+        Raises:
+            MisconfigurationException: If nothing was measured yet.
+            ImportError: If matplotlib or jinja2 is missing.
+        """
+        from lightning_duo.report import write_report
+
+        stage = stage or ("test" if "test" in self.predictions else "val")
+        if self.calibration is None or self._module is None or stage not in self.predictions:
+            raise MisconfigurationException(
+                f"there is nothing to report on {stage!r} yet: run trainer.fit with validation "
+                f"data, trainer.validate or trainer.test; known: {sorted(self.predictions)}"
+            )
+        name = {"val": "the validation set", "test": "the test set"}.get(stage, stage)
+        return write_report(
+            path,
+            self.predictions[stage],
+            self.calibration,
+            data=name,
+            held_out=stage != "val",
+            cost=self.cost or self._pair.cost(self._module),
+            resamples=resamples,
+        )
 
     # ---- set-up ----
 
@@ -138,7 +206,8 @@ class DuoCallback(Callback):
             self._training = self._training_state = None
             if self._module is not None and self._module is not pl_module:
                 self._sidekick.forget()
-                self.fit, self.fitted_at_step, self.results = None, -1, {}
+                self.calibration, self.fitted_at_step = None, -1
+                self.results, self.predictions = {}, {}
         self._module, self._restored = pl_module, False
         if any(
             isinstance(callback, ModelCheckpoint) and callback.save_weights_only
@@ -244,7 +313,7 @@ class DuoCallback(Callback):
                 "fitted; run trainer.validate"
             )
         if trainer.is_global_zero:
-            self.balance = self._pair.flops_balance(pl_module)
+            self.cost = self._pair.cost(pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,12 +324,16 @@ class DuoCallback(Callback):
     def _print_summary(self) -> None:
         from rich.console import Console
 
-        from lightning_duo.report import summary_table
+        from lightning_duo.summary import summary_table, threshold_sentence
 
         assert self.fit is not None
         shown = {model: self.results["val"][model] for model in LOGGED}
         data = "the validation set (which fitted the temperatures)"
-        Console().print(summary_table(shown, self.fit, data=data, balance=self.balance))
+        console = Console()
+        console.print(summary_table(shown, self.fit, data=data, balance=self.balance))
+        assert self.calibration is not None
+        if sentence := threshold_sentence(self.calibration):
+            console.print(sentence)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -329,23 +402,40 @@ class DuoCallback(Callback):
                 "is random and the duo is little more than the temperature-scaled base"
             )
         samples = self._gather(loaders=len(trainer.num_val_batches))
-        self.fit = fit_temperatures(*samples[0], reduce=_sum_over_processes(trainer, pl_module))
+        fit = fit_temperatures(*samples[0], reduce=_sum_over_processes(trainer, pl_module))
         self.fitted_at_step = trainer.global_step
-        if self.fit.status == "separable":
+        if fit.status == "separable":
             rank_zero_warn(
                 "DuoCallback: the duo separates the validation set without error, so no finite "
                 "temperatures are best and confidences will be near 1; validate on more samples"
             )
         for index, (base, sidekick, targets) in enumerate(samples):
-            metrics = DuoMetrics(base.shape[1], self.fit)
-            rows = max(1, (1 << 22) // base.shape[1])
-            for start in range(0, len(targets), rows):
-                part = slice(start, start + rows)
-                metrics.update(base[part], sidekick[part], targets[part])
-            self._log(trainer, pl_module, ("val", index), metrics)
-        pl_module.log("duo/temperature_base", self.fit.temperatures.base)
-        pl_module.log("duo/temperature_sidekick", self.fit.temperatures.sidekick)
+            metrics = DuoMetrics(base.shape[1], fit)
+            metrics.update(base, sidekick, targets)
+            predictions = self._gathered(trainer, pl_module, metrics)
+            if index == 0:
+                self.calibration = self._calibrated(fit, predictions["duo"])
+            self._log(trainer, pl_module, ("val", index), predictions)
+        pl_module.log("duo/temperature_base", fit.temperatures.base)
+        pl_module.log("duo/temperature_sidekick", fit.temperatures.sidekick)
+        assert self.calibration is not None
+        if self.calibration.threshold is not None:
+            pl_module.log("duo/threshold", self.calibration.threshold.value)
         self._collected.clear()
+
+    def _calibrated(self, fit: TemperatureFit, duo: Predictions) -> Calibration:
+        """The fit, with the threshold for the target accuracy if there is one."""
+        target, threshold = self._target_accuracy, None
+        if target is not None:
+            samples = duo.confidence, duo.correct
+            (threshold,) = select_thresholds(*samples, [target], delta=self._delta)
+            if not threshold.coverage:
+                rank_zero_warn(
+                    "DuoCallback: on the validation set no threshold reaches target_accuracy="
+                    f"{target}{'' if self._delta is None else f' with delta={self._delta}'}, so "
+                    "the duo accepts nothing"
+                )
+        return Calibration(fit, duo.num_classes, len(duo.targets), target, self._delta, threshold)
 
     def _gather(self, loaders: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Logits and targets of each loader in this process, which may have got no sample."""
@@ -398,25 +488,41 @@ class DuoCallback(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pair.base.unwatch()
         for index, metrics in sorted(self._metrics.items()):
-            self._log(trainer, pl_module, ("test", index), metrics)
+            predictions = self._gathered(trainer, pl_module, metrics)
+            self._log(trainer, pl_module, ("test", index), predictions)
+
+    def _gathered(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: DuoMetrics
+    ) -> dict[str, Predictions]:
+        """Predictions of all processes."""
+        if trainer.world_size > 1:  # processes exchange what is on their devices
+            metrics = metrics.to(pl_module.device)
+        return metrics.predictions()
 
     def _log(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         measured: tuple[str, int],
-        metrics: DuoMetrics,
+        predictions: dict[str, Predictions],
     ) -> None:
         """Log the metrics of a stage's dataloader, and keep them."""
         stage, index = measured
-        if trainer.world_size > 1:  # processes exchange what is on their devices
-            metrics = metrics.to(pl_module.device)
-        results = metrics.compute()
+        results = {form: measure(found) for form, found in predictions.items()}
+        if self.calibration is not None and self.calibration.threshold is not None:
+            results["duo"] |= _accepted(predictions["duo"], self.calibration.threshold)
         suffix = f"/loader_{index}" if index else ""
-        self.results[stage + suffix] = results
+        self.results[stage + suffix], self.predictions[stage + suffix] = results, predictions
         for model in LOGGED:
             for metric, value in results[model].items():
                 pl_module.log(f"{model}/{stage}_{metric}{suffix}", value)
+        if self._figures and trainer.is_global_zero:
+            name = f"duo/{stage}_{{figure}}{suffix}"
+            if not log_figures(trainer.loggers, predictions, name, step=trainer.global_step):
+                rank_zero_warn(
+                    "DuoCallback: figures=True, but no logger of the Trainer takes figures "
+                    "(TensorBoardLogger does, and any with log_image)"
+                )
 
     # ---- checkpoints ----
 
@@ -431,7 +537,7 @@ class DuoCallback(Callback):
             "num_classes": self._sidekick.num_classes,
             "sidekick": self._sidekick.model.state_dict(),
             "training": training,
-            "fit": self.fit and self.fit.state_dict(),
+            "calibration": self.calibration and self.calibration.state_dict(),
             "fitted_at_step": self.fitted_at_step,
             "step": self._seen_step,
         }
@@ -457,16 +563,35 @@ class DuoCallback(Callback):
         model = self._sidekick.build(saved[1], None, pretrained=False)
         model.load_state_dict(state_dict["sidekick"])
         self._training_state = state_dict["training"]
-        self.fit = state_dict["fit"] and TemperatureFit.from_state_dict(state_dict["fit"])
+        calibration = state_dict["calibration"]
+        self.calibration = calibration and Calibration.from_state_dict(calibration)
         self.fitted_at_step = state_dict["fitted_at_step"]
         self._training, self._restored = None, True
-        if self.fit is not None and self.fitted_at_step != state_dict["step"]:
+        if self.calibration is not None:
+            asked = self._target_accuracy, self._delta
+            if asked != (self.calibration.target_accuracy, self.calibration.delta):
+                rank_zero_warn(
+                    "DuoCallback: the checkpoint's threshold was chosen for target_accuracy="
+                    f"{self.calibration.target_accuracy}, delta={self.calibration.delta}, this "
+                    f"callback asks for {asked[0]}, {asked[1]}; refit with trainer.validate"
+                )
+        if self.calibration is not None and self.fitted_at_step != state_dict["step"]:
             rank_zero_warn(
                 f"DuoCallback: the checkpoint is of step {state_dict['step']}, but its "
                 f"temperatures were fitted at step {self.fitted_at_step}; refit them with "
                 "trainer.validate"
             )
         rank_zero_info(f"DuoCallback: sidekick {saved[0]!r} restored from the checkpoint")
+
+
+def _accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:
+    """Share of the samples that the threshold accepts, and their accuracy (NaN if none)."""
+    accepted = duo.confidence >= threshold.value
+    right = duo.correct[accepted].double()
+    return {
+        "coverage": float(accepted.double().mean()),
+        "selective_accuracy": float(right.mean()),
+    }
 
 
 def _sum_over_processes(

@@ -1,17 +1,193 @@
-"""`lightning-duo ...`: what a saved duo can be used for without writing Python."""
+"""`lightning-duo ...`: calibrate, report and export without writing Python."""
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import auto_cli
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_duo.calibration import Calibration
+    from lightning_duo.cost import Cost
+    from lightning_duo.logits import Logits
+
 # Torch and Lightning are imported where they are used: --help should not wait for them.
+
+
+def calibrate(
+    *,
+    base: str,
+    sidekick: str,
+    targets: str,
+    output: str = "temperatures.json",
+    target_accuracy: float | None = None,
+    delta: float | None = None,
+    report: str | None = None,
+    base_model: str | None = None,
+    sidekick_model: str | None = None,
+    input_size: str | None = None,
+    resamples: int = 1000,
+) -> None:
+    """Make a duo of two trained models from their logits on held-out samples.
+
+    Fits the two temperatures, prints what base, sidekick and duo reach, and writes the temperatures
+    (and the threshold, if a target accuracy is given) to a file. Use samples that trained neither
+    model. Files are .npy, .npz, .safetensors or .csv (one sample a line); of several arrays in a
+    file one is named after a colon, as in val.npz:base.
+
+    Args:
+        base: Logits (before softmax) of the large model, N rows of K classes.
+        sidekick: Logits of the small model on the same samples, in the same order.
+        targets: True classes of these samples, whole numbers from 0.
+        output: File to write, *.json; `lightning-duo report` and Calibration.load read it.
+        target_accuracy: Accuracy that accepted predictions are to reach, such as 0.95; chooses the
+            confidence from which to accept.
+        delta: Probability with which new data may miss the target accuracy, such as 0.05. Without
+            it about half of such thresholds miss it.
+        report: HTML file to write with figures and intervals, measured on the same samples.
+        base_model: What the base is, to have its cost in the report: a timm name, torchvision/NAME,
+            or MODULE:FUNCTION, which gives the model when called without arguments.
+        sidekick_model: What the sidekick is, likewise.
+        input_size: Size of one sample for these two, such as 3x224x224.
+        resamples: Resamples of the bootstrap that gives the intervals of the report.
+    """
+    from lightning_duo.calibration import calibrate as fit
+    from lightning_duo.calibration import check_request
+    from lightning_duo.logits import read_logits
+
+    check_request(target_accuracy, delta)
+    _check_outputs({"--output": (output, ".json"), "--report": (report, ".html")})
+    logits = read_logits(base, sidekick, targets)
+    cost = _cost(base_model, sidekick_model, input_size, logits.base.shape[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the files were read, and below
+        found = fit(*logits, target_accuracy=target_accuracy, delta=delta)
+    _show(logits, found, f"the {len(logits.targets)} samples of {targets}", cost)
+    print(f"wrote {found.save(output)}")
+    if report is not None:
+        _report(report, logits, found, targets, held_out=False, cost=cost, resamples=resamples)
+
+
+def report(
+    *,
+    base: str,
+    sidekick: str,
+    targets: str,
+    temperatures: str,
+    output: str = "report.html",
+    base_model: str | None = None,
+    sidekick_model: str | None = None,
+    input_size: str | None = None,
+    resamples: int = 1000,
+) -> None:
+    """Judge a calibrated duo on test samples: a table here, and a report as one HTML file.
+
+    The temperatures stay as they were fitted; use samples that fitted nothing. Files are as for
+    `lightning-duo calibrate`.
+
+    Args:
+        base: Logits (before softmax) of the large model, N rows of K classes.
+        sidekick: Logits of the small model on the same samples, in the same order.
+        targets: True classes of these samples, whole numbers from 0.
+        temperatures: File written by `lightning-duo calibrate` or Calibration.save.
+        output: HTML file to write; it opens offline.
+        base_model: What the base is, to have its cost in the report: a timm name, torchvision/NAME,
+            or MODULE:FUNCTION, which gives the model when called without arguments.
+        sidekick_model: What the sidekick is, likewise.
+        input_size: Size of one sample for these two, such as 3x224x224.
+        resamples: Resamples of the bootstrap that gives the intervals.
+    """
+    from lightning_duo.calibration import Calibration
+    from lightning_duo.logits import read_logits
+
+    _check_outputs({"--output": (output, ".html")})
+    found = Calibration.load(temperatures)
+    logits = read_logits(base, sidekick, targets)
+    classes = logits.base.shape[1]
+    if classes != found.num_classes:
+        raise ValueError(
+            f"{temperatures} was fitted for {found.num_classes} classes, {base} has {classes}; "
+            "calibrate on logits of the same models"
+        )
+    cost = _cost(base_model, sidekick_model, input_size, classes)
+    _show(logits, found, f"the {len(logits.targets)} samples of {targets}", cost)
+    _report(output, logits, found, targets, held_out=True, cost=cost, resamples=resamples)
+
+
+def _check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
+    """What is to be written is checked before anything is read and computed."""
+    for option, (path, suffix) in outputs.items():
+        if path is not None and Path(path).suffix != suffix:
+            raise ValueError(f"{option} is named *{suffix}, got {path}")
+
+
+def _cost(
+    base: str | None, sidekick: str | None, input_size: str | None, classes: int
+) -> "Cost | None":
+    given = (base, sidekick, input_size)
+    if given == (None, None, None):
+        return None
+    if base is None or sidekick is None or input_size is None:
+        raise ValueError(
+            "the cost needs all of --base_model, --sidekick_model and --input_size, or none"
+        )
+    import torch
+
+    from lightning_duo.cost import measure_cost
+    from lightning_duo.sidekick import build_sidekick
+
+    first, second = (
+        _call(part, spec) if ":" in spec else build_sidekick(spec, classes, pretrained=False)
+        for part, spec in (("base_model", base), ("sidekick_model", sidekick))
+    )
+    return measure_cost(first, second, torch.zeros(1, *_sizes(input_size)))
+
+
+def _show(logits: "Logits", found: "Calibration", data: str, cost: "Cost | None") -> None:
+    from rich.console import Console
+
+    from lightning_duo.evaluation import evaluate, measure
+    from lightning_duo.summary import summary_table, threshold_sentence
+
+    predictions = evaluate(*logits, found.fit)
+    results = {form: measure(predicted) for form, predicted in predictions.items()}
+    console = Console(soft_wrap=False)
+    balance = None if cost is None else cost.balance
+    console.print(summary_table(results, found.fit, data=data, balance=balance))
+    if sentence := threshold_sentence(found):
+        console.print(sentence, highlight=False)
+    if found.threshold is not None and found.threshold.coverage:
+        accepted = predictions["duo"].confidence >= found.threshold.value
+        right = predictions["duo"].correct[accepted].double().mean()
+        console.print(
+            f"On {data}: {100 * accepted.double().mean():.1f} % accepted, {100 * right:.1f} % of "
+            "them right.",
+            highlight=False,
+        )
+
+
+def _report(
+    path: str,
+    logits: "Logits",
+    found: "Calibration",
+    targets: str,
+    *,
+    held_out: bool,
+    cost: "Cost | None",
+    resamples: int,
+) -> None:
+    from lightning_duo.evaluation import evaluate
+    from lightning_duo.report import write_report
+
+    predictions = evaluate(*logits, found.fit)
+    data = f"{len(logits.targets)} samples of {Path(targets).name}"
+    options = {"held_out": held_out, "cost": cost, "resamples": resamples}
+    print(f"wrote {write_report(path, predictions, found, data=data, **options)}")  # type: ignore[arg-type]
 
 
 def export(
@@ -47,17 +223,20 @@ def export(
     from lightning_duo.export import export_duo
     from lightning_duo.module import DuoModule
 
-    sizes = input_size.split("x")
-    if not all(size.isdecimal() and int(size) for size in sizes):
-        raise ValueError(
-            f"--input_size is the size of one sample, such as 3x224x224; got {input_size}"
-        )
+    sizes = _sizes(input_size)
     models = [_build(part, spec, duo) for part, spec in (("base", base), ("sidekick", sidekick))]
     module = DuoModule.load(duo, *models).to(device, getattr(torch, dtype))
-    example = torch.zeros(2, *map(int, sizes), device=device, dtype=getattr(torch, dtype))
+    example = torch.zeros(2, *sizes, device=device, dtype=getattr(torch, dtype))
     chosen = format or ("onnx" if Path(output).suffix == ".onnx" else "program")
     path = export_duo(module, output, example, format=chosen)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, {chosen})")
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"--input_size is the size of one sample, such as 3x224x224; got {text}")
+    return [int(size) for size in sizes]
 
 
 def _build(part: str, spec: str, duo: str) -> "nn.Module":
@@ -108,15 +287,27 @@ def _call(part: str, spec: str) -> "nn.Module":
     return model
 
 
+def _say(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Warnings of this library as a line for a user; others, of its dependencies, not at all."""
+    if category is UserWarning:
+        print(f"lightning-duo: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line."""
+    warnings.showwarning = _say  # type: ignore[assignment]
     sys.path.insert(0, os.getcwd())  # as `python -m` does, for MODULE:FUNCTION
     try:
         auto_cli(
-            {"export": export},
+            {"calibrate": calibrate, "report": report, "export": export},
             as_positional=True,
             prog="lightning-duo",
-            description="Put a saved duo (a base classifier and its sidekick) to use.",
+            description=(
+                "A duo is a large classifier (base) and a much smaller one (sidekick) whose logits "
+                "are added with two fitted weights, for a more honest confidence. calibrate: make "
+                "a duo of two trained models. report: judge it on test data. export: turn a saved "
+                "duo into one file to deploy. 'lightning-duo COMMAND --help' says more."
+            ),
         )
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise SystemExit(f"lightning-duo: {error}") from error

@@ -1,7 +1,7 @@
-"""What a duo costs: floating-point operations of its two models."""
+"""What a duo costs: operations and parameters of its two models."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,6 +9,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_duo.batch import evaluating
+
+
+class Cost(NamedTuple):
+    """Compute and size of base and sidekick."""
+
+    flops_base: int
+    """Operations of one forward of the base, a multiply-add counting two."""
+    flops_sidekick: int
+    """Operations of one forward of the sidekick."""
+    parameters_base: int
+    """Parameters of the base."""
+    parameters_sidekick: int
+    """Parameters of the sidekick."""
+
+    @property
+    def balance(self) -> float | None:
+        """FLOPs of the sidekick over those of the base; None if the base's are not countable."""
+        return self.flops_sidekick / self.flops_base if self.flops_base else None
 
 
 def count_flops(
@@ -46,6 +64,37 @@ def count_flops(
     return int(counter.get_total_flops())
 
 
+def measure_cost(base: nn.Module, sidekick: nn.Module, example_input: Any) -> Cost:
+    """Operations and parameters of both models.
+
+    Args:
+        base: The base, called on ``example_input``.
+        sidekick: The sidekick, called on the same input.
+        example_input: An input of the base, a batch of one.
+
+    Returns:
+        The cost for one sample.
+
+    Example:
+        >>> import torch
+        >>> measure_cost(torch.nn.Linear(8, 80), torch.nn.Linear(8, 8), torch.zeros(1, 8))
+        Cost(flops_base=1280, flops_sidekick=128, parameters_base=720, parameters_sidekick=72)
+
+    Source: Asymmetric Duos, Sec. 3.2.
+    """
+    return Cost(
+        count_flops(base, example_input),
+        count_flops(sidekick, example_input),
+        count_parameters(base),
+        count_parameters(sidekick),
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> float:
     """FLOPs of the sidekick over those of the base: the extra compute of the duo.
 
@@ -67,7 +116,7 @@ def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> f
 
     Source: Asymmetric Duos, Sec. 3.2.
     """
-    operations = count_flops(base, example_input)
-    if not operations:
+    balance = measure_cost(base, sidekick, example_input).balance
+    if balance is None:
         raise ValueError("the base does no convolution or matrix product, so there is no balance")
-    return count_flops(sidekick, example_input) / operations
+    return balance

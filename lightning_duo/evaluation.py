@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from lightning_duo import selective
-from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures
+from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures, check_samples
 from lightning_duo_kernels import duo_head
 
 Score: TypeAlias = Literal["confidence", "entropy"]
@@ -31,6 +31,9 @@ HIGHER_IS_BETTER = {
     "augrc": False,
     "sac98": True,
 }
+
+
+CHUNK_LOGITS = 1 << 22  # whose probabilities are held at a time
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,12 @@ class DuoMetrics(Metric):
     @override
     def update(self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits of both models (B, K) and true classes (B,)."""
-        base, sidekick = base_logits.float(), sidekick_logits.float()
+        rows = max(1, CHUNK_LOGITS // base_logits.shape[1])
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            self._add(base_logits[part].float(), sidekick_logits[part].float(), targets[part])
+
+    def _add(self, base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         confidence, losses, prediction = [], [], []
         for form, temperatures in self.forms.items():
             weights = torch.tensor(temperatures, dtype=torch.float32, device=base.device)
@@ -208,6 +216,35 @@ class DuoMetrics(Metric):
             )
             for i, form in enumerate(self.forms)
         }
+
+
+def evaluate(
+    base_logits: Tensor,
+    sidekick_logits: Tensor,
+    targets: Tensor,
+    fit: TemperatureFit,
+    *,
+    score: Score = "confidence",
+) -> dict[str, Predictions]:
+    """What base, sidekick and duo, in every form of `DuoMetrics`, say of these samples.
+
+    Args:
+        base_logits: Logits of the base, shape (N, K).
+        sidekick_logits: Logits of the sidekick, shape (N, K).
+        targets: True classes, shape (N,).
+        fit: The temperatures.
+        score: What ranks the samples; see `DuoMetrics`.
+
+    Returns:
+        Form -> predictions, for `measure`, `bootstrap` and `report.write_report`.
+
+    Raises:
+        ValueError: If samples do not fit, as in `fit_temperatures`.
+    """
+    check_samples(base_logits, sidekick_logits, targets)
+    metrics = DuoMetrics(base_logits.shape[1], fit, score=score).to(base_logits.device)
+    metrics.update(base_logits, sidekick_logits, targets.long())
+    return metrics.predictions()
 
 
 def _nll(base: Tensor, sidekick: Tensor, temperatures: Temperatures, targets: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_duo.batch import as_logits, evaluating
 from lightning_duo.module import DuoModule, DuoOutput
+from lightning_duo.threshold import plain_float
 from lightning_duo_kernels.composite import head
 from lightning_duo_kernels.head import head_operator
 
@@ -32,9 +33,9 @@ def export_duo(
 
     The file maps ``x`` to ``(probs, prediction, confidence, accept)`` of `DuoOutput`, in eval mode,
     on the device and in the precision the module has now. It carries a description of the duo, one
-    JSON object: ``temperatures``, ``threshold``, ``mode``, ``num_classes``, ``inputs`` (their
-    shapes and dtypes; null stands for the batch), ``outputs`` and ``versions``. To run the file,
-    and to read its description:
+    JSON object: ``temperatures``, ``threshold`` ("Infinity" if nothing is accepted), ``mode``,
+    ``num_classes``, ``inputs`` (their shapes and dtypes; null stands for the batch), ``outputs``
+    and ``versions``. To run the file, and to read its description:
 
     - ``program``, which needs PyTorch alone: ``torch.export.load(path).module()(x)``; loading with
       ``extra_files=(extra := {"lightning_duo.json": ""})`` fills in the description.
@@ -300,7 +301,7 @@ def _description(module: DuoModule, example: Any) -> str:
     return json.dumps(
         {
             "temperatures": module.temperatures.tolist(),
-            "threshold": module.threshold.item(),
+            "threshold": plain_float(module.threshold.item()),
             "mode": module.mode,
             "num_classes": logits.shape[1],
             "inputs": inputs,

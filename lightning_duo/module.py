@@ -1,5 +1,6 @@
 """The deployable pair: both models, two temperatures, one head."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,11 +45,11 @@ class DuoModule(nn.Module):
         temperatures: Non-negative multipliers (base, sidekick), from `fit_temperatures`.
         mode: ``weighted``; ``unweighted``, with both temperatures 0.5 whatever is given; or
             ``uq_only``, where the base predicts and the duo says how sure that is.
-        threshold: Lowest confidence to accept, in [0, 1].
+        threshold: Lowest confidence to accept, in [0, 1]; ``inf`` accepts nothing.
 
     Raises:
         ValueError: If temperatures are negative or not finite, the mode is unknown, or the
-            threshold is outside [0, 1].
+            threshold is neither in [0, 1] nor ``inf``.
 
     Example:
         >>> import torch
@@ -82,8 +83,11 @@ class DuoModule(nn.Module):
                 "temperatures must be two finite numbers (base, sidekick), each at least 0, got "
                 f"{temperatures}"
             )
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be a confidence in [0, 1], got {threshold}")
+        if not (0 <= threshold <= 1 or threshold == math.inf):
+            raise ValueError(
+                "threshold must be a confidence in [0, 1], or inf to accept nothing, got "
+                f"{threshold}"
+            )
         self.base, self.sidekick, self.mode = base, sidekick, mode
         self.register_buffer("temperatures", weights)
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))

@@ -19,10 +19,10 @@ from lightning_duo.batch import (
     evaluating,
     has_forward,
 )
-from lightning_duo.cost import count_flops
+from lightning_duo.calibration import Calibration
+from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.module import DuoModule
 from lightning_duo.sidekick import Sidekick, sidekick_logits
-from lightning_duo.temperature import Temperatures
 
 _STAGES = ("training", "validation", "test", "predict")
 
@@ -75,20 +75,21 @@ class Pair:
             self._example = inputs[:1].detach()
         return base.float().cpu(), sidekick.float().cpu(), targets.cpu()
 
-    def flops_balance(self, module: LightningModule) -> float | None:
-        """FLOPs of the sidekick over the base's for one sample; None if they can't be counted."""
+    def cost(self, module: LightningModule) -> Cost | None:
+        """FLOPs of both models for one sample, and parameters; None if they can't be counted."""
         if self._example is None or self.sidekick.model is None:
             return None
+        sidekick = self.sidekick.deployable()
         try:
             with isolate_rng():
                 base = count_flops(module, self._example, self.base.logits_fn or call_base)
-                sidekick = count_flops(self.sidekick.deployable(), self._example)
+                flops = base, count_flops(sidekick, self._example)
         except Exception as error:  # the user's forward may want more than a batch of one
             rank_zero_warn(f"DuoCallback: the FLOPs of base and sidekick are unknown: {error}")
             return None
-        return sidekick / base if base else None
+        return Cost(*flops, count_parameters(module), count_parameters(sidekick))
 
-    def duo(self, module: LightningModule, temperatures: Temperatures) -> DuoModule:
+    def duo(self, module: LightningModule, calibration: Calibration) -> DuoModule:
         """A deep copy of both models as a duo, on the base's device, in eval mode.
 
         Raises:
@@ -111,7 +112,7 @@ class Pair:
                 vars(base).pop(name, None)
         if self.base.logits_fn is not None:
             base = _Through(self.base.logits_fn, base)
-        duo = DuoModule(base, sidekick, temperatures)
+        duo = calibration.module(base, sidekick)
         return duo.to(module.device).requires_grad_(False).eval()
 
 

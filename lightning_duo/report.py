@@ -1,124 +1,317 @@
-"""What a duo gained, to look at: the summary table and the risk-coverage figure."""
+"""What a duo gained, to look at: one HTML file that opens offline."""
 
+import io
+import json
+import os
+import re
 from collections.abc import Mapping
+from datetime import date
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lightning_duo.selective import risk_coverage_curve
-from lightning_duo.temperature import TemperatureFit
+from lightning_duo.bootstrap import Bootstrap, Interval, bootstrap
+from lightning_duo.calibration import Calibration
+from lightning_duo.cost import Cost
+from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions
+from lightning_duo.figures import (
+    CHOSEN,
+    COLORS,
+    FIGURES,
+    NAMES,
+    SHOWN,
+    check_matplotlib,
+    reliability,
+)
+from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
+from lightning_duo.summary import COLUMNS, Column, best_of, threshold_sentence
+from lightning_duo.threshold import Threshold, select_thresholds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-# Metric -> (heading, whether higher is better, factor, decimals)
-COLUMNS = {
-    "accuracy": ("acc", True, 100, 1),
-    "f1": ("F1", True, 100, 1),
-    "nll": ("NLL", False, 1, 3),
-    "brier": ("Brier", False, 1, 3),
-    "ece": ("ECE", False, 100, 1),
-    "auroc": ("AUROC", True, 100, 1),
-    "aurc": ("AURC", False, 100, 2),
-    "sac98": ("SAC98", True, 100, 1),
-}
-NAMES = {
-    "base": "base",
-    "base_scaled": "base, scaled",
-    "sidekick": "sidekick",
-    "sidekick_scaled": "sidekick, scaled",
-    "unweighted": "unweighted",
-    "uq_only": "UQ only",
-    "duo": "duo",
-}
-
-
-def summary_table(
-    results: Mapping[str, Mapping[str, float]],
-    fit: TemperatureFit,
-    *,
-    data: str,
-    balance: float | None,
-) -> "Table":
-    """Metrics of the models and of the duo, best of each column in bold.
-
-    Args:
-        results: Model -> metric -> value, as `DuoMetrics.compute` gives them.
-        fit: The temperatures the duo uses.
-        data: What the metrics were measured on, for the title.
-        balance: FLOPs balance, or None if it is not known.
-
-    Returns:
-        A table that rich prints.
-    """
-    from rich import box
-    from rich.table import Table
-
-    cost = "unknown" if balance is None else f"{100 * balance:.1f} %"
-    table = Table(
-        title=f"Asymmetric duo on {data}",
-        caption=(
-            f"duo logits = {fit.temperatures.base:.3g} x base + "
-            f"{fit.temperatures.sidekick:.3g} x sidekick; sidekick FLOPs / base FLOPs: {cost}; "
-            "all but NLL and Brier in %"
-        ),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("", no_wrap=True)
-    for heading, higher, _, _ in COLUMNS.values():
-        table.add_column(f"{heading}{'↑' if higher else '↓'}", justify="right", no_wrap=True)
-    best = {
-        metric: (max if higher else min)(row[metric] for row in results.values())
-        for metric, (_, higher, _, _) in COLUMNS.items()
-    }
-    for model in (name for name in NAMES if name in results):
-        cells = []
-        for metric, (_, _, factor, decimals) in COLUMNS.items():
-            value = results[model][metric]
-            text = f"{factor * value:.{decimals}f}"
-            cells.append(f"[bold]{text}[/bold]" if value == best[metric] else text)
-        table.add_row(NAMES[model], *cells, style="green" if model == "duo" else None)
-    return table
-
-
-def save_risk_coverage_figure(
-    path: str | Path, models: Mapping[str, tuple[Tensor, Tensor]], *, title: str
-) -> None:
-    """Draw risk against coverage, one curve a model, into an image file.
-
-    Args:
-        path: Where to write; the ending chooses the format.
-        models: Name -> (confidence (N,), correct (N,)).
-        title: What the figure shows.
-
-    Source: Asymmetric Duos, Sec. 5.3.
-    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    styles = ["--", ":", "-", "-."]
-    for i, (name, (confidence, correct)) in enumerate(models.items()):
-        curve = risk_coverage_curve(confidence, correct)
-        area = 100 * float(curve.risk.double().mean())
-        axes.plot(
-            100 * curve.coverage.cpu(),
-            100 * curve.risk.cpu(),
-            styles[i % len(styles)],
-            linewidth=1.8,
-            label=f"{name} (AURC {area:.2f} %)",
-        )
-    axes.set(
-        xlabel="coverage: % of samples answered, surest first",
-        ylabel="risk: % of answers wrong",
-        title=title,
-        xlim=(0, 100),
-        ylim=(0, None),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+
+ORDER = ("duo", "base_scaled", "base", "sidekick", "unweighted", "uq_only")
+REFERENCE = "base_scaled"  # what the duo is compared with: the base, calibrated likewise
+MILESTONES = (0.9, 0.95, 0.98, 0.99)  # target accuracies that the page spells out
+DELTA = 0.05  # of the guarantee the report offers, if the calibration has none
+
+
+def write_report(
+    path: str | Path,
+    predictions: Mapping[str, Predictions],
+    calibration: Calibration,
+    *,
+    data: str,
+    held_out: bool,
+    cost: Cost | None = None,
+    resamples: int = 1000,
+) -> Path:
+    """Write a report on a duo as one HTML file, which opens offline.
+
+    It holds the metrics of all forms with bootstrap intervals and the paired difference to the
+    scaled base, the risk-coverage curves, a reliability diagram, histograms of confidence, the
+    temperatures and cost, and a control that turns a target accuracy into a threshold, its coverage
+    and the number of deferrals.
+
+    Args:
+        path: The file to write, ``*.html``. It appears whole or not at all.
+        predictions: Form -> predictions, as `evaluation.evaluate` gives them.
+        calibration: Temperatures and threshold of the duo.
+        data: What was measured, as in "the test set".
+        held_out: Whether these are other samples than those the temperatures were fitted on.
+        cost: FLOPs and parameters, if known.
+        resamples: Of the bootstrap.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib or jinja2 is missing.
+        ValueError: If the path is not named ``*.html``.
+
+    Source: Asymmetric Duos, Sec. 5.
+    """
     path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"a report is named *.html, got {path}")
+    check_matplotlib()
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError(
+            "reports need jinja2 and matplotlib: pip install 'lightning-duo[report]'"
+        ) from error
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files("lightning_duo").joinpath("report.html").read_text())
+    shown = {form: predictions[form] for form in ORDER}
+    found = bootstrap(shown, resamples=resamples)
+    page = template.render(
+        data=data,
+        held_out=held_out,
+        today=date.today().isoformat(),
+        samples=len(shown["duo"].targets),
+        resamples=resamples,
+        names=NAMES,
+        order=ORDER,
+        rows=_rows(found),
+        lead=_lead(found),
+        fit=calibration.fit,
+        threshold_sentence=threshold_sentence(calibration),
+        cost=cost,
+        figures=_figures(shown),
+        control=_control(shown, calibration),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _rows(found: Bootstrap) -> list[dict[str, Any]]:
+    """The metrics table: each row a metric, its value and interval for every form."""
+    rows = []
+    for metric, column in COLUMNS.items():
+        change = found.difference("duo", REFERENCE, metric)
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        better = min(sign * change.low, sign * change.high) > 0
+        worse = max(sign * change.low, sign * change.high) < 0
+        rows.append(
+            {
+                "heading": column.heading,
+                "arrow": "↑" if HIGHER_IS_BETTER[metric] else "↓",
+                "aim": "higher" if HIGHER_IS_BETTER[metric] else "lower",
+                "meaning": column.meaning,
+                "change": _signed(change, column),
+                "verdict": "better" if better else "worse" if worse else "unclear",
+                "best": best_of(metric, found.estimates),
+                "cells": {
+                    form: [column.text(x) for x in found.interval(form, metric)] for form in ORDER
+                },
+            }
+        )
+    return rows
+
+
+def _signed(change: Interval, column: Column) -> list[str]:
+    texts = [column.text(value) for value in change]
+    return [f"+{t}" if v > 0 else t for t, v in zip(texts, change, strict=True)]
+
+
+def _lead(found: Bootstrap) -> dict[str, tuple[str, str]]:
+    """Metric -> what duo and scaled base reach, for the first paragraph."""
+    return {
+        metric: (
+            COLUMNS[metric].text(found.estimates["duo"][metric]),
+            COLUMNS[metric].text(found.estimates[REFERENCE][metric]),
+        )
+        for metric in ("accuracy", "aurc", "sac98", "ece")
+    }
+
+
+def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -> dict[str, Any]:
+    """What the reader's choice of a target accuracy leads to, for every target offered."""
+    duo, reference = predictions["duo"], predictions[REFERENCE]
+    accuracy = float(duo.correct.double().mean())
+    step = 1 if accuracy >= 0.8 else 5  # tenths of a percent
+    targets = [i / 1000 for i in range(max(step, int(1000 * accuracy) // 5 * 5), 1001, step)]
+    delta = calibration.delta or DELTA
+    sure = [target for target in targets if target < 1]  # nothing guarantees 1
+    found = {}
+    for name, model in (("", duo), ("base_", reference)):
+        samples = model.confidence, model.correct
+        found[f"{name}measured"] = select_thresholds(*samples, targets)
+        found[f"{name}guaranteed"] = select_thresholds(*samples, sure, delta=delta)
+    wanted = calibration.target_accuracy or 0.95
+    start = min(range(len(targets)), key=lambda i: abs(targets[i] - wanted))
+    table = {name: [_plain(threshold) for threshold in values] for name, values in found.items()}
+    choices = {"targets": targets, **table, "line": CHOSEN}
+    milestones = sorted({min(filter(at.__le__, targets)) for at in MILESTONES})
+    return {
+        "json": json.dumps(choices, separators=(",", ":")),
+        "last": len(targets) - 1,
+        "start": start,
+        "target": targets[start],
+        "lowest": targets[0],
+        "step": step / 10,
+        "delta": delta,
+        "milestones": [
+            {"target": t, **{name: values[i] for name, values in table.items() if i < len(values)}}
+            for t in milestones
+            for i in [targets.index(t)]
+        ],
+    }
+
+
+def _plain(threshold: Threshold) -> list[float] | None:
+    """Value and coverage, or None where nothing is accepted, since JSON knows no infinity."""
+    return [threshold.value, round(threshold.coverage, 6)] if threshold.coverage else None
+
+
+def _figures(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:
+    """Each figure as SVG, with what it shows in words and in numbers."""
+    tables = {
+        "risk_coverage": _risk_table(predictions),
+        "reliability": _reliability_table(predictions),
+        "confidence": _confidence_table(predictions),
+    }
+    return [
+        {"name": name, "svg": _svg(FIGURES[name](predictions), name), **tables[name]}
+        for name in FIGURES
+    ]
+
+
+def _risk_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows, generalized = [], {}
+    for name in SHOWN:
+        curve = generalized_risk_coverage_curve(predictions[name].score, predictions[name].correct)
+        generalized[name] = curve.risk
+    total = len(predictions["duo"].targets)
+    for tenth in range(1, 11):
+        row = [f"{10 * tenth} %"]
+        for name in SHOWN:
+            score, correct = predictions[name].score, predictions[name].correct
+            risk = 1 - float(accuracy_at_coverage(score.double(), correct, tenth / 10))
+            row.append(f"{100 * risk:.2f} %")
+        last = -(-tenth * total // 10) - 1
+        row.append(f"{100 * float(generalized['duo'][last]):.2f} %")
+        rows.append(row)
+    middle = ", ".join(f"{NAMES[name]} {rows[4][i + 1]}" for i, name in enumerate(SHOWN))
+    return {
+        "title": "Risk and coverage",
+        "caption": (
+            "Error rate among the answers that are kept when the least sure are deferred. Lower is "
+            "better; at the right end everything is answered."
+        ),
+        "alt": f"Curves of risk against coverage. When half is answered: {middle} wrong.",
+        "headings": ["coverage", *(NAMES[name] for name in SHOWN), "duo, of all samples"],
+        "table": rows,
+    }
+
+
+def _reliability_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows = []
+    columns = {name: predictions[name] for name in ("base", "duo")}
+    found = {n: reliability(p.confidence, p.correct) for n, p in columns.items()}
+    for index in range(len(found["duo"][0])):
+        row = [f"{100 * index / 15:.0f} to {100 * (index + 1) / 15:.0f} %"]
+        for count, mean, accuracy in found.values():
+            filled = count[index] > 0
+            row.append(f"{int(count[index])}")
+            row.append(f"{100 * float(mean[index]):.1f} %" if filled else "n/a")
+            row.append(f"{100 * float(accuracy[index]):.1f} %" if filled else "n/a")
+        rows.append(row)
+    return {
+        "title": "Reliability",
+        "caption": (
+            "Accuracy of the predictions at each confidence. On the diagonal a confidence of 80 % "
+            "is right in 80 % of the cases; below it a model is too sure. Larger points stand for "
+            "more samples."
+        ),
+        "alt": "Accuracy against confidence of base, sidekick and duo beside the diagonal.",
+        "headings": [
+            "confidence",
+            *(f"{n}: {c}" for n in columns for c in ("samples", "confidence", "accuracy")),
+        ],
+        "table": rows,
+    }
+
+
+def _confidence_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows = []
+    for tenth in range(10):
+        row = [f"{10 * tenth} to {10 * tenth + 10} %"]
+        for name in ("base", "duo"):
+            confidence, correct = predictions[name].confidence, predictions[name].correct
+            inside = (10 * confidence.double()).ceil().clamp(1, 10) == tenth + 1
+            row += [str(int((inside & correct).sum())), str(int((inside & ~correct).sum()))]
+        rows.append(row)
+    median = {
+        kind: 100 * float(predictions["duo"].confidence[which].median()) if which.any() else 0
+        for kind, which in (
+            ("right", predictions["duo"].correct),
+            ("wrong", ~predictions["duo"].correct),
+        )
+    }
+    return {
+        "title": "Confidence of right and wrong predictions",
+        "caption": (
+            "Each histogram is in percent of its own predictions. The further the wrong ones lie "
+            "to the left of the right ones, the better a threshold tells them apart."
+        ),
+        "alt": (
+            "Histograms of confidence. Median of the duo's right predictions: "
+            f"{median['right']:.0f} %, of its wrong ones: {median['wrong']:.0f} %."
+        ),
+        "headings": ["confidence", "base: right", "base: wrong", "duo: right", "duo: wrong"],
+        "table": rows,
+    }
+
+
+def _svg(figure: "Figure", name: str) -> str:
+    """The figure as SVG that takes its width from the page and its colours from the page's CSS."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    span = figure.axes[0].get_position().width * figure.bbox_inches.width * 72
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(
+        r'^.*?<svg[^>]* (viewBox="[^"]*")[^>]*>',
+        rf'<svg xmlns="http://www.w3.org/2000/svg" \1 data-span="{span:.2f}" aria-hidden="true">',
+        svg,
+        count=1,
+        flags=re.DOTALL,
+    )
+    # One page holds several figures, whose parts matplotlib gives the same names.
+    svg = re.sub(rf'\bid="(?!{CHOSEN})', f'id="{name}-', svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    for role, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{role})")
+    return svg

@@ -127,6 +127,11 @@ def fewest_samples(accuracy: float, delta: float) -> int:
     return math.ceil(math.log(delta / 2) / math.log(accuracy))
 
 
+def plain_float(value: float) -> float | str:
+    """The number as JSON can hold it: "Infinity", which ``float`` reads back, is none."""
+    return "Infinity" if value == math.inf else value
+
+
 def _remedy(samples: int, accuracy: float, delta: float | None) -> str:
     if delta is not None and samples < fewest_samples(accuracy, delta):
         return (

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lightning_duo import fit_temperatures
 from lightning_duo.evaluation import DuoMetrics
-from lightning_duo.report import save_risk_coverage_figure, summary_table
+from lightning_duo.summary import summary_table
 
 
 def test_the_table_fits_80_columns_and_marks_the_best() -> None:

@@ -1,0 +1,162 @@
+"""Make a duo of two trained models without training: temperatures, and a threshold."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_duo.evaluation import evaluate
+from lightning_duo.logits import Logits, check_logits
+from lightning_duo.module import DuoModule
+from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
+from lightning_duo.threshold import Threshold, check_target, plain_float, select_threshold
+
+FORMAT = "lightning_duo/calibration/1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All that a duo knows beyond its two models."""
+
+    fit: TemperatureFit
+    """The temperatures, and what they reach."""
+    num_classes: int
+    """K."""
+    samples: int
+    """Number of samples that fitted."""
+    target_accuracy: float | None = None
+    """Accuracy that accepted predictions were to reach; None if no threshold was asked for."""
+    delta: float | None = None
+    """Probability with which new data may miss it; None for no guarantee."""
+    threshold: Threshold | None = None
+    """Which predictions to accept; None accepts all."""
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """The duo's temperatures."""
+        return self.fit.temperatures
+
+    def module(self, base: nn.Module, sidekick: nn.Module) -> DuoModule:
+        """The duo of these models, in eval mode; it shares their weights."""
+        threshold = 0.0 if self.threshold is None else self.threshold.value
+        return DuoModule(base, sidekick, self.temperatures, threshold=threshold).eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same in types that JSON and checkpoints hold."""
+        state = {k: v for k, v in vars(self).items() if k not in ("fit", "threshold")}
+        chosen = self.threshold and self.threshold._asdict()
+        if chosen:
+            chosen["value"] = plain_float(chosen["value"])
+            chosen["accuracy_bound"] = chosen["accuracy_bound"] if chosen["coverage"] else None
+        return {**state, "threshold": chosen, "fit": self.fit.state_dict()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Calibration":
+        """The calibration that `state_dict` described."""
+        names = ("num_classes", "samples", "target_accuracy", "delta")
+        chosen = state["threshold"]
+        threshold = chosen and Threshold(
+            float(chosen["value"]),
+            chosen["coverage"],
+            math.nan if chosen["accuracy_bound"] is None else chosen["accuracy_bound"],
+        )
+        fit = TemperatureFit.from_state_dict(state["fit"])
+        return cls(fit=fit, threshold=threshold, **{name: state[name] for name in names})
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, which appears whole or not at all.
+
+        Raises:
+            ValueError: If the path is not named ``*.json``.
+        """
+        from lightning_duo import __version__
+
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"a temperatures file is named *.json, got {path}")
+        head = {"format": FORMAT, "temperatures": self.temperatures._asdict()}
+        state = {**head, **self.state_dict(), "version": __version__}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            if state["format"] != FORMAT:
+                raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
+            return cls.from_state_dict(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no temperatures file written by lightning-duo calibrate or "
+                f"Calibration.save ({type(error).__name__}: {error})"
+            ) from error
+
+
+def calibrate(
+    base_logits: Tensor,
+    sidekick_logits: Tensor,
+    targets: Tensor,
+    *,
+    target_accuracy: float | None = None,
+    delta: float | None = None,
+) -> Calibration:
+    """Fit the temperatures of a duo of two trained models, and choose its threshold.
+
+    Args:
+        base_logits: Logits of the base on held-out samples, shape (N, K).
+        sidekick_logits: Logits of the sidekick on the same samples, shape (N, K).
+        targets: True classes, shape (N,).
+        target_accuracy: Accuracy that accepted predictions are to reach, in (0, 1]; by default
+            everything is accepted.
+        delta: Probability with which the accepted of new data may miss it; see `select_threshold`.
+            The temperatures were fitted on the same samples, which its guarantee ignores: two
+            numbers cost it little beside hundreds of samples.
+
+    Returns:
+        The calibration; ``calibration.module(base, sidekick)`` is the duo.
+
+    Raises:
+        ValueError: If shapes or values do not fit, or the target or ``delta`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> base = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+        >>> found = calibrate(base, 0.5 * base, torch.tensor([0, 0, 1, 1]), target_accuracy=0.9)
+        >>> found.threshold.coverage
+        0.5
+
+    Source: Asymmetric Duos, Sec. 3.1; Geifman and El-Yaniv (2017).
+    """
+    check_request(target_accuracy, delta)
+    logits = check_logits(Logits(base_logits, sidekick_logits, targets))
+    fit = fit_temperatures(*logits)
+    chosen = None
+    if target_accuracy is not None:
+        duo = evaluate(*logits, fit)["duo"]
+        chosen = select_threshold(duo.confidence, duo.correct, target_accuracy, delta=delta)
+    classes, samples = base_logits.shape[1], len(targets)
+    return Calibration(fit, classes, samples, target_accuracy, delta, chosen)
+
+
+def check_request(target_accuracy: float | None, delta: float | None) -> None:
+    """Raise ValueError if a threshold cannot be asked for so."""
+    if target_accuracy is not None:
+        check_target(target_accuracy, delta)
+    elif delta is not None:
+        raise ValueError("delta belongs to a target_accuracy; pass both, or neither")

@@ -1,0 +1,294 @@
+"""Logits of two trained models on the same samples: from files, or from the models."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_duo.batch import BatchFn, check_targets, evaluating, read_batch
+from lightning_duo.module import DuoModule
+
+FORMATS = ".npy, .npz, .safetensors or .csv"
+SURE = 5.0  # standard deviations above chance from which a model knows the targets
+CHANCE = 3.0  # ... and up to which it may as well not
+
+
+class Logits(NamedTuple):
+    """Logits of base and sidekick, and the targets, of the same samples in the same order."""
+
+    base: Tensor
+    """Shape (N, K), a floating dtype."""
+    sidekick: Tensor
+    """Shape (N, K), a floating dtype."""
+    targets: Tensor
+    """Shape (N,), int64."""
+
+
+NAMES = Logits("base_logits", "sidekick_logits", "targets")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def collect_logits(
+    base: nn.Module, sidekick: nn.Module, data: Iterable[Any], *, batch_fn: BatchFn = read_batch
+) -> Logits:
+    """Run two trained models over a DataLoader, in eval mode.
+
+    Args:
+        base: Maps inputs to logits (B, K), or to a mapping or object with ``logits``.
+        sidekick: The same for the same inputs, on the same device; put what it needs in front of
+            it, as in ``nn.Sequential(Resize(96), model)``.
+        data: Batches, ``(inputs, targets)`` or a mapping with usual keys.
+        batch_fn: ``batch -> (inputs, targets)``, for other batches.
+
+    Returns:
+        Logits and targets of all samples, on the CPU, in float32.
+
+    Raises:
+        ValueError: If a batch cannot be read, a model gives no logits, or there is no batch.
+
+    Example:
+        >>> import torch
+        >>> batches = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))]
+        >>> found = collect_logits(torch.nn.Linear(8, 3), torch.nn.Linear(8, 3), batches)
+        >>> found.base.shape
+        torch.Size([4, 3])
+    """
+    device = next((p.device for p in base.parameters()), torch.device("cpu"))
+    duo = DuoModule(base, sidekick, (1.0, 1.0))
+    parts: list[Logits] = []
+    with evaluating(duo):
+        for batch in data:
+            inputs, targets = batch_fn(batch)
+            inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+            first, second = duo.member_logits(inputs)
+            targets = check_targets(targets, first.shape[1])
+            if len(targets) != len(first):
+                raise ValueError(
+                    f"a batch has {len(targets)} targets, but the base gives logits of shape "
+                    f"{tuple(first.shape)} for it"
+                )
+            parts.append(Logits(first.float().cpu(), second.float().cpu(), targets.cpu()))
+    if not parts:
+        raise ValueError("the data hold no batch, so there is nothing to fit or measure")
+    return Logits(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def read_logits(base: str, sidekick: str, targets: str) -> Logits:
+    """Read logits and targets from files.
+
+    Each is ``.npy``, ``.npz``, ``.safetensors`` or ``.csv`` (one sample a line, a header if any).
+    Of a file with several arrays one is named after a colon, as in ``test.npz:base``.
+
+    Args:
+        base: File of the base's logits, (N, K).
+        sidekick: File of the sidekick's, (N, K).
+        targets: File of the true classes, (N,), whole numbers from 0.
+
+    Returns:
+        Logits and targets, checked by `check_logits`.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file cannot be read, or holds something else; says which and where.
+    """
+    arrays = [_read(name) for name in (base, sidekick, targets)]
+    names = Logits(base, sidekick, targets)  # type: ignore[arg-type]
+    return check_logits(Logits(*arrays), names)
+
+
+def check_logits(logits: Logits, names: Logits = NAMES) -> Logits:
+    """Check that logits and targets fit each other, and warn of what is probably a mistake.
+
+    Args:
+        logits: Logits (N, K) twice, and targets (N,).
+        names: What to call the three.
+
+    Returns:
+        The same, with targets as int64.
+
+    Raises:
+        ValueError: If shapes, dtypes or values do not fit; names the first rows concerned.
+
+    Warns:
+        UserWarning: If rows look like probabilities, or agree with the targets no better than in a
+            random order.
+    """
+    for name, values in zip(names[:2], logits[:2], strict=True):
+        _check_rows(str(name), values)
+    base, sidekick, targets = logits
+    if base.shape != sidekick.shape:
+        raise ValueError(
+            f"{names.sidekick} has shape {tuple(sidekick.shape)}, {names.base} "
+            f"{tuple(base.shape)}; both models need logits for the same samples and classes"
+        )
+    targets = _class_indices(targets, len(base), base.shape[1], names)
+    found = Logits(base, sidekick, targets)
+    _warn_of_probabilities(found, names)
+    _warn_of_order(found, names)
+    return found
+
+
+def _check_rows(name: str, values: Tensor) -> None:
+    if values.ndim != 2 or values.shape[1] < 2 or not len(values):
+        raise ValueError(
+            f"{name} must hold logits of shape (N, K), at least one sample and two classes; got "
+            f"shape {tuple(values.shape)}"
+        )
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must hold floating-point logits, got {values.dtype}")
+    bad = ~(values.isfinite() | (values == -torch.inf)).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{name} has NaN or +inf in {int(bad.sum())} of {len(values)} rows, first in rows "
+            f"{_first(bad)} (counted from 0); logits must be numbers"
+        )
+
+
+def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -> Tensor:
+    name = names.targets
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.ndim != 1:
+        raise ValueError(
+            f"{name} must hold one class index per sample, shape ({samples},); got shape "
+            f"{tuple(targets.shape)} (of one-hot rows take argmax)"
+        )
+    if len(targets) != samples:
+        raise ValueError(
+            f"{name} holds {len(targets)} targets, {names.base} {samples} rows; they must be of "
+            "the same samples"
+        )
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        broken = (targets != targets.double().round()) if targets.is_floating_point() else None
+        if broken is not None and broken.any():
+            raise ValueError(
+                f"{name} must hold whole numbers, got {float(targets[broken][0])} in row "
+                f"{_first(broken)[0]}"
+            )
+    targets = targets.long()
+    bad = (targets < 0) | (targets >= classes)
+    if bad.any():
+        low, high = int(targets.min()), int(targets.max())
+        hint = "; they seem to start at 1: subtract 1" if (low, high) == (1, classes) else ""
+        raise ValueError(
+            f"{name} must hold classes 0..{classes - 1}, as {names.base} has {classes} columns; "
+            f"got {low}..{high}, first outside in rows {_first(bad)} (counted from 0){hint}"
+        )
+    return targets
+
+
+def _warn_of_probabilities(logits: Logits, names: Logits) -> None:
+    for name, values in zip(names[:2], logits[:2], strict=True):
+        sums = values.double().sum(1)
+        if bool((values >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                f"{name} seems to hold probabilities (rows of numbers >= 0 that sum to 1) where "
+                "logits belong; use the outputs before softmax, or their logarithms",
+                stacklevel=4,
+            )
+
+
+def _warn_of_order(logits: Logits, names: Logits) -> None:
+    """Rows in another order than the targets agree with them as independent ones would."""
+    above = [_above_chance(values, logits.targets) for values in logits[:2]]
+    for name, other, mine, its in zip(names[:2], names[1::-1], above, above[::-1], strict=True):
+        if mine is not None and its is not None and mine < CHANCE and its > SURE:
+            warnings.warn(
+                f"{name} predicts the targets no better than chance, while {other} does; are its "
+                "rows in the same order as those of the targets?",
+                stacklevel=4,
+            )
+    if all(deviation is not None and deviation < CHANCE for deviation in above):
+        warnings.warn(
+            f"neither {names.base} nor {names.sidekick} predicts {names.targets} better than "
+            "chance; are the targets in the same order as the logits?",
+            stacklevel=4,
+        )
+
+
+def _above_chance(values: Tensor, targets: Tensor) -> float | None:
+    """Standard deviations by which accuracy exceeds that of a random order; None if unknowable."""
+    classes, prediction = values.shape[1], values.argmax(1)
+    shares = [torch.bincount(x, minlength=classes) / len(targets) for x in (prediction, targets)]
+    chance = float((shares[0] * shares[1]).sum())
+    deviation = math.sqrt(chance * (1 - chance) / len(targets))
+    if len(targets) < 50 or deviation == 0 or float(shares[0].max()) == 1:
+        return None
+    return (float((prediction == targets).double().mean()) - chance) / deviation
+
+
+def _first(bad: Tensor) -> list[int]:
+    found: list[int] = bad.nonzero().flatten()[:5].tolist()
+    return found
+
+
+def _read(name: str) -> Tensor:
+    path, key = _split(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    readers = {
+        ".npy": lambda: np.load(path, allow_pickle=False),
+        ".npz": lambda: _one_of(dict(np.load(path, allow_pickle=False)), key, path),
+        ".safetensors": lambda: _one_of(_load_safetensors(path), key, path),
+        ".csv": lambda: _load_csv(path),
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path} must be a file of kind {FORMATS}")
+    if key is not None and path.suffix in (".npy", ".csv"):
+        raise ValueError(f"{name}: {path} holds one array, leave out ':{key}'")
+    try:
+        return torch.as_tensor(readers[path.suffix]())
+    except KeyError as error:
+        raise ValueError(error.args[0]) from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _split(name: str) -> tuple[Path, str | None]:
+    """``test.npz:base`` names an array in a file; a path may hold a colon of its own."""
+    if ":" in name and not Path(name).exists():
+        path, key = name.rsplit(":", 1)
+        if Path(path).suffix:
+            return Path(path), key
+    return Path(name), None
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(path))
+
+
+def _load_csv(path: Path) -> Any:
+    with path.open(encoding="utf-8-sig") as lines:
+        first = lines.readline()
+    header = 0 if _is_number(first.split(",")[0]) else 1
+    try:
+        return np.loadtxt(path, delimiter=",", skiprows=header, encoding="utf-8-sig", ndmin=1)
+    except ValueError as error:
+        raise ValueError(f"{error} (lines of numbers with commas between are expected)") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _one_of(arrays: dict[str, Any], key: str | None, path: Path) -> Any:
+    if key is None and len(arrays) == 1:
+        return next(iter(arrays.values()))
+    if key not in arrays:
+        raise KeyError(
+            f"{path} holds the arrays {sorted(arrays)}; name one of them, as in "
+            f"{path}:{min(arrays, default='logits')}"
+        )
+    return arrays[key]
