@@ -25,7 +25,7 @@ from lightning_duo.figures import (
 )
 from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
 from lightning_duo.summary import COLUMNS, Column, best_of, threshold_sentence
-from lightning_duo.threshold import Threshold, select_thresholds
+from lightning_duo.threshold import NOTHING, Threshold, select_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,16 +155,19 @@ def _lead(found: Bootstrap) -> dict[str, tuple[str, str]]:
 def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -> dict[str, Any]:
     """What the reader's choice of a target accuracy leads to, for every target offered."""
     duo, reference = predictions["duo"], predictions[REFERENCE]
-    accuracy = float(duo.correct.double().mean())
-    step = 1 if accuracy >= 0.8 else 5  # tenths of a percent
-    targets = [i / 1000 for i in range(max(step, int(1000 * accuracy) // 5 * 5), 1001, step)]
+    # From a little below the accuracy of accepting everything, in tenths of a percent.
+    lowest = min(float(model.correct.double().mean()) for model in (duo, reference)) - 0.05
+    step = 1 if lowest >= 0.7 else 5
+    targets = [i / 1000 for i in range(max(step, int(200 * lowest) * 5), 1001, step)]
     delta = calibration.delta or DELTA
-    sure = [target for target in targets if target < 1]  # nothing guarantees 1
     found = {}
     for name, model in (("", duo), ("base_", reference)):
         samples = model.confidence, model.correct
         found[f"{name}measured"] = select_thresholds(*samples, targets)
-        found[f"{name}guaranteed"] = select_thresholds(*samples, sure, delta=delta)
+        found[f"{name}guaranteed"] = [
+            *select_thresholds(*samples, targets[:-1], delta=delta),
+            NOTHING,  # no number of samples guarantees an accuracy of 1
+        ]
     wanted = calibration.target_accuracy or 0.95
     start = min(range(len(targets)), key=lambda i: abs(targets[i] - wanted))
     table = {name: [_plain(threshold) for threshold in values] for name, values in found.items()}
@@ -179,9 +182,8 @@ def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -
         "step": step / 10,
         "delta": delta,
         "milestones": [
-            {"target": t, **{name: values[i] for name, values in table.items() if i < len(values)}}
+            {"target": t, **{name: values[targets.index(t)] for name, values in table.items()}}
             for t in milestones
-            for i in [targets.index(t)]
         ],
     }
 

@@ -27,6 +27,9 @@ class Threshold(NamedTuple):
     new data reach with probability 1 - delta. NaN if nothing is accepted."""
 
 
+NOTHING = Threshold(math.inf, 0.0, math.nan)
+
+
 def select_threshold(
     confidence: Tensor, correct: Tensor, accuracy: float, *, delta: float | None = None
 ) -> Threshold:
@@ -96,7 +99,7 @@ def select_thresholds(
         else:
             group = _guaranteed(ranked.counts, target, delta)
         if group < 0:
-            found.append(Threshold(math.inf, 0.0, math.nan))
+            found.append(NOTHING)
             continue
         accepted, errors = (int(count[group]) for count in ranked.counts)
         reached = 1 - errors / accepted if delta is None else float(target)

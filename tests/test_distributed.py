@@ -53,7 +53,9 @@ def run(rank: int, world: int, *, empty: bool) -> dict:
     def sgd(parameters: object) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.3)
 
-    duo = DuoCallback(plain_net, optimizer=sgd, probe=0.5, summary=rank == 0)
+    duo = DuoCallback(
+        plain_net, optimizer=sgd, probe=0.5, summary=rank == 0, target_accuracy=0.3, delta=0.3
+    )
     strategy = DDPStrategy(process_group_backend="gloo") if world > 1 else "auto"
     trainer = make_trainer(
         duo,
@@ -76,6 +78,7 @@ def run(rank: int, world: int, *, empty: bool) -> dict:
     trainer.test(module, part(TEST, 8, empty=empty and world > 1), verbose=False)
     return {
         "temperatures": duo.fit.temperatures,
+        "threshold": duo.calibration.threshold,
         "weights": weights,
         "logged": logged,
         "test": duo.results["test"],
@@ -126,6 +129,8 @@ open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(found))
 
     alone = run(0, 1, empty=False)
     assert first["temperatures"] == pytest.approx(list(alone["temperatures"]), rel=1e-4)
+    assert 0 < first["threshold"][1] <= 1
+    assert first["threshold"] == pytest.approx(list(alone["threshold"]), rel=1e-4)
     assert first["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-4)
     assert first["logged"] == pytest.approx(alone["logged"], rel=1e-4, abs=1e-5, nan_ok=True)
     for form, values in alone["test"].items():

@@ -1,37 +1,266 @@
-"""The summary table and the risk-coverage figure."""
+"""The HTML report: its numbers, and what a real browser makes of it."""
 
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
+from browser import CHROMIUM, Browser
 from helpers import make_logits
 from PIL import Image
-from rich.console import Console
 
-from lightning_duo import fit_temperatures
-from lightning_duo.evaluation import DuoMetrics
-from lightning_duo.summary import summary_table
+from lightning_duo import select_threshold
+from lightning_duo.calibration import calibrate
+from lightning_duo.cost import Cost
+from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.report import write_report
+from lightning_duo.summary import COLUMNS
 
-
-def test_the_table_fits_80_columns_and_marks_the_best() -> None:
-    base, sidekick, targets = make_logits(200, 5, seed=0)
-    fit = fit_temperatures(base, sidekick, targets)
-    metrics = DuoMetrics(5, fit)
-    metrics.update(base, sidekick, targets)
-    table = summary_table(metrics.compute(), fit, data="some data", balance=None)
-    console = Console(width=80, record=True, force_terminal=True)
-    console.print(table)
-    text = console.export_text(clear=False)
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    assert "unknown" in text
-    assert f"{metrics.compute()['duo']['nll']:.3f}" in text
-    best = min(row["nll"] for row in metrics.compute().values())
-    assert f"1m{best:.3f}" in console.export_text(styles=True)
+LOGITS = make_logits(2000, 5, seed=1, margin=3.0)
+CALIBRATION = calibrate(*LOGITS, target_accuracy=0.95, delta=0.1)
+PREDICTIONS = evaluate(*LOGITS, CALIBRATION.fit)
+COST = Cost(2_000_000_000, 250_000_000, 8_000_000, 1_000_000)
+DATA = "samples <of> mine"
 
 
-def test_the_figure_is_an_image(tmp_path: Path) -> None:
-    curves = {name: (torch.rand(50), torch.rand(50) < 0.8) for name in ("base", "duo")}
-    save_risk_coverage_figure(tmp_path / "new" / "figure.png", curves, title="Test")
-    with Image.open(tmp_path / "new" / "figure.png") as image:
-        assert image.size[0] > 400
-        assert len(image.convert("L").getcolors()) > 20
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    write_report(
+        path, PREDICTIONS, CALIBRATION, data=DATA, held_out=False, cost=COST, resamples=200
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    return path
+
+
+class Reader(HTMLParser):
+    """Text, links, ids and balance of a page."""
+
+    VOID = ("meta", "link", "br", "input")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.ids, self.links, self.open = "", [], [], []
+        self.images: list[dict[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        if found.get("role") == "img":
+            self.images.append(found)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_asks_for_nothing_outside(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    reader = Reader(page)
+    assert not reader.open
+    assert len(reader.ids) == len(set(reader.ids))
+    assert all(link.startswith(("#", "data:")) for link in reader.links)
+    assert all(link[1:] in reader.ids for link in reader.links if link.startswith("#"))
+    assert all(name in reader.ids for name in re.findall(r"url\(#([^)]*)\)", page))
+    assert DATA in reader.text  # escaped
+    assert len(reader.images) == 3
+    assert all(len(image["aria-label"] or "") > 40 for image in reader.images)
+    assert len(page) < 300_000
+
+
+def test_the_numbers_are_those_of_the_metrics(report: Path) -> None:
+    text = " ".join(Reader(report.read_text(encoding="utf-8")).text.split())
+    for form in ("base", "base_scaled", "sidekick", "unweighted", "uq_only", "duo"):
+        for metric, value in measure(PREDICTIONS[form]).items():
+            assert COLUMNS[metric].text(value) in text, (form, metric)
+    assert f"duo logits = {CALIBRATION.temperatures.base:.4g} " in text
+    assert "FLOPs balance: the sidekick adds 12.5 % to the base's operations" in text
+    assert "12.5 % to its parameters" in text
+    assert "These samples also fitted the temperatures and chose the threshold" in text
+
+
+def test_the_choices_are_those_of_select_threshold(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="choices">(.*?)</script>', page)
+    choices = json.loads(found)
+    assert choices["targets"][-1] == 1
+    for index in range(0, len(choices["targets"]), 20):
+        target = choices["targets"][index]
+        for prefix, form in (("", "duo"), ("base_", "base_scaled")):
+            model = PREDICTIONS[form]
+            for kind, delta in (("measured", None), ("guaranteed", 0.1)):
+                if delta is not None and target == 1:
+                    continue
+                expected = select_threshold(model.confidence, model.correct, target, delta=delta)
+                value, coverage = choices[prefix + kind][index] or (torch.inf, 0)
+                assert value == expected.value
+                assert coverage == pytest.approx(expected.coverage, abs=1e-6)
+
+
+@pytest.mark.parametrize(("margin", "classes"), [(60.0, 3), (-60.0, 3), (0.0, 2)])
+def test_degenerate_models_get_a_report_too(margin: float, classes: int, tmp_path: Path) -> None:
+    logits = make_logits(60, classes, seed=2, margin=margin)
+    found = calibrate(*logits)
+    path = tmp_path / "report.html"
+    predictions = evaluate(*logits, found.fit)
+    write_report(path, predictions, found, data="d", held_out=True, resamples=20)
+    text = Reader(path.read_text(encoding="utf-8")).text
+    assert "Not known: logits do not tell" in text
+    assert "also fitted" not in text
+    assert "nan" not in text.lower().replace("nanosecond", "")
+
+
+def test_a_report_is_named_html(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a report is named"):
+        write_report(tmp_path / "r.pdf", PREDICTIONS, CALIBRATION, data="d", held_out=True)
+    assert not list(tmp_path.iterdir())
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+
+
+@pytest.fixture(scope="module")
+def browser(report: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    browser.open(report)
+    yield browser
+    browser.close()
+
+
+def shown(browser: Browser) -> dict[str, str]:
+    names = ("threshold", "coverage", "base-coverage", "deferrals")
+    return {name: browser.run(f"document.getElementById('{name}').textContent") for name in names}
+
+
+def enter(browser: Browser, name: str, value: object) -> None:
+    browser.run(
+        f"{{const field = document.getElementById('{name}'); field.value = '{value}';"
+        "field.dispatchEvent(new Event('input', {bubbles: true}))}"
+    )
+
+
+def choose(browser: Browser, kind: str) -> None:
+    browser.run(f"document.querySelector('input[value={kind}]').click()")
+
+
+@needs_chromium
+@pytest.mark.parametrize("kind", ["measured", "guaranteed"])
+def test_the_control_answers(browser: Browser, kind: str) -> None:
+    duo, base = PREDICTIONS["duo"], PREDICTIONS["base_scaled"]
+    delta = None if kind == "measured" else 0.1
+    choose(browser, kind)
+    enter(browser, "count", 20000)
+    seen = []
+    for target in (0.9, 0.95, 0.98):
+        enter(browser, "target", 100 * target)
+        found = select_threshold(duo.confidence, duo.correct, target, delta=delta)
+        other = select_threshold(base.confidence, base.correct, target, delta=delta)
+        now = shown(browser)
+        assert found.coverage > 0
+        assert now["threshold"] == f"{found.value:.4f}"
+        assert now["coverage"] == f"{int(1000 * found.coverage + 0.5) / 10:.1f} %"
+        assert now["base-coverage"] == f"{int(1000 * other.coverage + 0.5) / 10:.1f} %"
+        deferred = int(20000 * (1 - found.coverage) + 0.5)
+        assert now["deferrals"] == f"{deferred:,} of 20,000"
+        line = browser.run("document.getElementById('chosen-coverage').getBoundingClientRect().x")
+        slider = browser.run("document.getElementById('slider').value")
+        seen.append((line, -int(slider)))
+    assert seen == sorted(seen, reverse=True)
+    assert len(set(seen)) == 3
+
+
+@needs_chromium
+def test_the_slider_and_targets_out_of_reach(browser: Browser) -> None:
+    choose(browser, "guaranteed")
+    browser.run("slider.value = slider.max; slider.dispatchEvent(new Event('input'))")
+    assert browser.run("document.getElementById('target').value") == "100.0"
+    now = shown(browser)
+    assert now["threshold"] == "none reaches it"
+    assert now["coverage"] == "0.0 %"
+    enter(browser, "target", 2)  # below what is offered: the field says what is answered
+    browser.run("document.getElementById('target').dispatchEvent(new Event('change'))")
+    lowest = browser.run("document.getElementById('target').min")
+    assert browser.run("document.getElementById('target').value") == lowest
+    enter(browser, "target", "")
+    enter(browser, "count", "")
+    assert shown(browser)["deferrals"] == "0 of 0"
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_figures_and_text_are_seen(
+    browser: Browser, width: int, dark: bool, tmp_path: Path
+) -> None:
+    browser.show(width, dark=dark)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    page = browser.run("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", page))) < 200) == dark
+    browser.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        picture = image.convert("RGB")
+    assert picture.width == width
+    boxes = browser.run(
+        "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
+        ".map(box => [box.left, box.top + scrollY, box.right, box.bottom + scrollY])"
+    )
+    assert len(boxes) == 3
+    for box in boxes:
+        assert box[2] - box[0] > 0.8 * min(width, 500)
+        assert 0 <= box[0] < box[2] <= width
+        drawn = picture.crop(tuple(map(int, box)))
+        background = tuple(map(int, re.findall(r"\d+", page)))
+        colors = drawn.getcolors(maxcolors=1 << 24)
+        other = sum(n for n, color in colors if color != background)
+        assert 0.01 < other / (drawn.width * drawn.height) < 0.6
+    sizes = browser.run(
+        "[...document.querySelectorAll('figure text')].map(t => t.getBoundingClientRect().height)"
+    )
+    assert min(sizes) > 7
+
+
+@needs_chromium
+def test_it_prints_and_is_read_aloud(browser: Browser) -> None:
+    assert len(browser.send("Page.printToPDF")["data"]) > 20_000
+    browser.send("Accessibility.enable")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    named = {
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if "role" in node
+    }
+    roles = [role for role, _ in named]
+    assert ("slider", "Target accuracy of the accepted") in named
+    assert ("spinbutton", "Target accuracy, %") in named
+    assert ("spinbutton", "Predictions to decide on") in named
+    assert sum(role == "image" and len(name) > 40 for role, name in named) == 3
+    assert {"heading", "table", "status", "radio"} <= set(roles)
+    assert all(name for role, name in named if role in ("slider", "radio", "image", "region"))
+
+
+@needs_chromium
+def test_no_console_message_and_no_request_but_the_file(browser: Browser, report: Path) -> None:
+    methods = [event["method"] for event in browser.events]
+    bad = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    assert not [event for event in browser.events if event["method"] in bad]
+    requests = [
+        event["params"]["request"]["url"]
+        for event in browser.events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert requests == [report.as_uri()]
+    assert "Page.loadEventFired" in methods

@@ -1,0 +1,91 @@
+"""A duo of two trained models without training."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Classifier, loader, make_logits, make_trainer, small_images, small_net
+
+from lightning_duo import DuoCallback, fit_temperatures, select_threshold
+from lightning_duo.calibration import Calibration, calibrate
+from lightning_duo.logits import collect_logits
+
+BASE, SIDEKICK, TARGETS = make_logits(500, 5, seed=3)
+
+
+def duo_probs(calibration: Calibration) -> torch.Tensor:
+    t_base, t_sidekick = calibration.temperatures
+    return (t_base * BASE.double() + t_sidekick * SIDEKICK.double()).softmax(1)
+
+
+@pytest.mark.parametrize("delta", [None, 0.1])
+def test_it_is_the_fit_and_a_threshold(delta: float | None) -> None:
+    found = calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=0.95, delta=delta)
+    assert found.fit == fit_temperatures(BASE, SIDEKICK, TARGETS)
+    confidence, prediction = duo_probs(found).max(1)
+    expected = select_threshold(confidence, prediction == TARGETS, 0.95, delta=delta)
+    assert 0 < expected.coverage < 1
+    assert found.threshold == pytest.approx(expected, rel=1e-6)
+    assert (found.samples, found.num_classes) == (500, 5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target_accuracy": 0.9}, {"target_accuracy": 0.999, "delta": 1e-9}]
+)
+def test_the_file_holds_it_all(options: dict, tmp_path: Path) -> None:
+    context = pytest.warns(UserWarning, match="nothing is accepted") if "delta" in options else None
+    if context:
+        with context:
+            found = calibrate(BASE, SIDEKICK, TARGETS, **options)
+        assert found.threshold.value == math.inf
+    else:
+        found = calibrate(BASE, SIDEKICK, TARGETS, **options)
+    path = found.save(tmp_path / "new" / "temperatures.json")
+    loaded = Calibration.load(path)
+    assert loaded.state_dict() == found.state_dict()
+    assert loaded.fit == found.fit
+    # Any JSON reader can read it, also one that knows no Infinity and NaN.
+    state = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert state["temperatures"] == found.temperatures._asdict()
+    assert [path.name for path in path.parent.iterdir()] == ["temperatures.json"]
+
+
+def test_the_duo_of_two_trained_models_and_a_loader_is_that_of_the_callback() -> None:
+    base, sidekick = Classifier(), small_net()
+    validation, test = small_images(128, 2), small_images(64, 3)
+    with pytest.warns(UserWarning, match="better than chance"):  # the models are not trained
+        found = calibrate(*collect_logits(base, sidekick, loader(validation)), target_accuracy=0.3)
+    callback = DuoCallback(sidekick, summary=False, target_accuracy=0.3)
+    make_trainer(callback).validate(base, loader(validation), verbose=False)
+    assert found.temperatures == pytest.approx(callback.fit.temperatures, rel=1e-5)
+    ours, theirs = found.module(base, sidekick), callback.module
+    assert not ours.training
+    for mine, other in zip(ours(test.tensors[0]), theirs(test.tensors[0]), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert ours.threshold == pytest.approx(found.threshold.value)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="delta belongs to a target_accuracy"):
+        calibrate(BASE, SIDEKICK, TARGETS, delta=0.1)
+    with pytest.raises(ValueError, match="accuracy must be a fraction"):
+        calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=95)
+    with pytest.raises(ValueError, match=r"sidekick_logits has NaN .*\[4\]"):
+        calibrate(BASE, SIDEKICK.index_fill(0, torch.tensor(4), torch.nan), TARGETS)
+    found = calibrate(BASE, SIDEKICK, TARGETS)
+    with pytest.raises(ValueError, match="a temperatures file is named"):
+        found.save(tmp_path / "temperatures.yaml")
+    with pytest.raises(FileNotFoundError, match=r"none.json"):
+        Calibration.load(tmp_path / "none.json")
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"format": "other"}',
+        '{"format": "lightning_duo/calibration/1"}',
+    ):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json is no temperatures file"):
+            Calibration.load(tmp_path / "other.json")

@@ -1,0 +1,90 @@
+"""The figures show the numbers that they say they show."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_logits
+from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
+
+from lightning_duo import figures, fit_temperatures, selective
+from lightning_duo.evaluation import Predictions, evaluate
+
+
+def predictions(count: int = 400, margin: float = 2.0) -> dict[str, Predictions]:
+    logits = make_logits(count, 5, seed=1, margin=margin)
+    return evaluate(*logits, fit_temperatures(*logits))
+
+
+def test_the_curves_are_those_of_the_models() -> None:
+    models = predictions()
+    (axes,) = figures.risk_coverage_figure(models).axes
+    for name, line in zip(figures.SHOWN, axes.lines, strict=False):
+        curve = selective.risk_coverage_curve(models[name].confidence, models[name].correct)
+        shown = np.interp(100 * curve.coverage.double(), *line.get_data())
+        np.testing.assert_allclose(shown, 100 * curve.risk.double(), atol=1e-4)
+        area = 100 * float(selective.aurc(models[name].confidence, models[name].correct))
+        assert line.get_label() == f"{name} (AURC {area:.2f} %)"
+    assert axes.get_title() == ""
+
+
+def test_long_curves_are_thinned_but_keep_their_ends() -> None:
+    (axes,) = figures.risk_coverage_figure(predictions(5000)).axes
+    x, y = axes.lines[2].get_data()
+    assert len(x) <= figures.POINTS
+    assert x[-1] == 100
+    assert y[-1] == pytest.approx(100 * float(1 - predictions(5000)["duo"].correct.double().mean()))
+
+
+def test_reliability_is_that_of_scikit_learn() -> None:
+    models = predictions()
+    confidence, correct = models["duo"].confidence.double(), models["duo"].correct
+    count, mean, accuracy = figures.reliability(confidence, correct)
+    expected = calibration_curve(correct, confidence, n_bins=15)
+    filled = count > 0
+    np.testing.assert_allclose(accuracy[filled], expected[0])
+    np.testing.assert_allclose(mean[filled], expected[1])
+    assert count.sum() == 400
+    (axes,) = figures.reliability_figure(models).axes
+    np.testing.assert_allclose(axes.lines[3].get_ydata(), 100 * accuracy[filled])
+
+
+def test_histograms_add_up() -> None:
+    models = predictions()
+    for name, axes in zip(("base", "duo"), figures.confidence_figure(models).axes, strict=True):
+        right, wrong = (patch.get_data().values for patch in axes.patches)
+        assert right.sum() == pytest.approx(100)
+        assert wrong.sum() == pytest.approx(100)
+        texts = [text.get_text() for text in axes.get_legend().get_texts()]
+        hits = int(models[name].correct.sum())
+        assert texts == [f"right ({hits})", f"wrong ({400 - hits})"]
+
+
+@pytest.mark.parametrize("draw", figures.FIGURES.values(), ids=list(figures.FIGURES))
+@pytest.mark.parametrize(("count", "margin"), [(1, 2.0), (30, 100.0), (30, -100.0)])
+def test_one_sample_and_models_that_are_all_right_or_all_wrong(
+    draw: object, count: int, margin: float
+) -> None:
+    figure = draw(predictions(count, margin), title="A title")
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()
+    assert figure.get_suptitle() == "A title"
+
+
+def test_matplotlib_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-duo\[report\]'"):
+        figures.risk_coverage_figure(predictions())
+
+
+def test_drawing_leaves_the_users_style_and_random_numbers_alone() -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for draw in figures.FIGURES.values():
+        draw(predictions())
+    torch.testing.assert_close(torch.rand(3), expected)
+    assert dict(mpl.rcParams) == before

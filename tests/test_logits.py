@@ -1,0 +1,188 @@
+"""Logits from files and from models, and what is said of those that do not fit."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, loader, make_logits, small_images, small_net
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_duo.logits import Logits, check_logits, collect_logits, read_logits
+
+BASE, SIDEKICK, TARGETS = make_logits(200, 5, seed=3)
+
+
+def write(folder: Path, suffix: str, name: str, values: Tensor) -> str:
+    path = folder / f"{name}{suffix}"
+    if suffix == ".npy":
+        np.save(path, values.numpy())
+    elif suffix == ".npz":
+        np.savez(path, values.numpy())
+    elif suffix == ".safetensors":
+        save_file({name: values}, path)
+    else:
+        text = "%d" if name == "targets" else "%.9g"
+        np.savetxt(path, values.numpy(), delimiter=",", fmt=text)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".csv"])
+def test_every_kind_of_file(suffix: str, tmp_path: Path) -> None:
+    parts = {"base": BASE, "sidekick": SIDEKICK, "targets": TARGETS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_logits(*(write(tmp_path, suffix, *part) for part in parts.items()))
+    torch.testing.assert_close(found.base.float(), BASE, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.sidekick.float(), SIDEKICK, rtol=1e-6, atol=1e-7)
+    assert torch.equal(found.targets, TARGETS)
+
+
+def test_arrays_by_name_headers_and_half_precision(tmp_path: Path) -> None:
+    np.savez(tmp_path / "all.npz", a=BASE.numpy(), t=TARGETS.numpy().astype(np.uint8))
+    save_file({"b": SIDEKICK.bfloat16(), "c": BASE}, tmp_path / "b.safetensors")
+    csv = "label\n" + "\n".join(map(str, TARGETS.tolist())) + "\n"
+    (tmp_path / "t.csv").write_text(csv, encoding="utf-8-sig")
+    for targets in ("all.npz:t", "t.csv"):
+        names = ("all.npz:a", "b.safetensors:b", targets)
+        found = read_logits(*(str(tmp_path / name) for name in names))
+        assert torch.equal(found.base, BASE)
+        assert torch.equal(found.sidekick, SIDEKICK.bfloat16())
+        assert torch.equal(found.targets, TARGETS)
+
+
+@pytest.mark.filterwarnings("ignore:.*input contained no data")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.npy", None, "there is no file .*none.npy"),
+        ("text.npy", b"these are no numbers", "text.npy cannot be read as .npy"),
+        ("pickle.npy", "object", "pickle.npy cannot be read as .npy: .*pickle"),
+        ("broken.npz", b"PK", "broken.npz cannot be read as .npz"),
+        ("broken.safetensors", b"123", "broken.safetensors cannot be read as .safetensors"),
+        ("words.csv", b"0,1\n0,one\n", "words.csv cannot be read as .csv: .*one"),
+        ("ragged.csv", b"0,1\n0\n", "ragged.csv cannot be read as .csv"),
+        ("empty.csv", b"", "empty.csv"),
+        ("base.pt", b"", "base.pt must be a file of kind .npy, .npz, .safetensors or .csv"),
+        ("two.npz", "two", r"two.npz holds the arrays \['a', 'b'\]; name one of them, as in"),
+        ("two.npz:c", "two", r"two.npz holds the arrays \['a', 'b'\]"),
+        ("one.npy:a", "one", "holds one array, leave out ':a'"),
+    ],
+)
+def test_unreadable_files_are_named(
+    name: str, content: bytes | str | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name.split(":")[0]
+    if content == "object":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    elif content == "two":
+        np.savez(path, a=np.zeros(2), b=np.zeros(2))
+    elif content == "one":
+        np.save(path, BASE.numpy())
+    elif content is not None:
+        path.write_bytes(content)
+    others = [write(tmp_path, ".npy", *part) for part in (("s", SIDEKICK), ("t", TARGETS))]
+    with pytest.raises((ValueError, OSError), match=message):
+        read_logits(str(tmp_path / name), *others)
+
+
+def changed(values: Tensor, row: int, value: float) -> Tensor:
+    values = values.clone()
+    values[row, 0] = value
+    return values
+
+
+NAMES = Logits("b.npy", "s.npy", "t.npy")
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ((BASE[:-1], SIDEKICK, TARGETS), r"s.npy has shape \(200, 5\), b.npy \(199, 5\)"),
+        ((BASE, SIDEKICK[:, :4], TARGETS), r"s.npy has shape \(200, 4\)"),
+        ((BASE, SIDEKICK, TARGETS[:9]), "t.npy holds 9 targets, b.npy 200 rows"),
+        ((BASE[:, 0], SIDEKICK, TARGETS), r"b.npy must hold logits of shape \(N, K\)"),
+        ((BASE[:0], SIDEKICK[:0], TARGETS[:0]), "b.npy must hold .* at least one sample"),
+        ((BASE, SIDEKICK.long(), TARGETS), "s.npy must hold floating-point logits"),
+        ((BASE, changed(SIDEKICK, 7, float("nan")), TARGETS), r"s.npy has NaN .* rows \[7\]"),
+        ((changed(BASE, 3, float("inf")), SIDEKICK, TARGETS), r"b.npy has NaN or \+inf .*\[3\]"),
+        ((BASE, SIDEKICK, TARGETS + 1), "t.npy must hold classes 0..4.*start at 1: subtract 1"),
+        ((BASE, SIDEKICK, TARGETS - 1), "t.npy must hold classes 0..4.*got -1..3"),
+        ((BASE, SIDEKICK, TARGETS + 0.5), "t.npy must hold whole numbers, got .* in row 0"),
+        ((BASE, SIDEKICK, nn.functional.one_hot(TARGETS)), "of one-hot rows take argmax"),
+    ],
+)
+def test_what_does_not_fit_is_named(logits: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_logits(Logits(*logits), NAMES)
+
+
+def test_columns_and_whole_floats_are_targets_too() -> None:
+    for targets in (TARGETS[:, None], TARGETS.double(), TARGETS.int()):
+        assert torch.equal(check_logits(Logits(BASE, SIDEKICK, targets)).targets, TARGETS)
+
+
+ORDER = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ((BASE.softmax(1), SIDEKICK, TARGETS), "b.npy seems to hold probabilities"),
+        ((BASE, SIDEKICK.softmax(1), TARGETS), "s.npy seems to hold probabilities"),
+        ((BASE, SIDEKICK[ORDER], TARGETS), "s.npy predicts the targets no better than chance"),
+        ((BASE[ORDER], SIDEKICK, TARGETS), "b.npy predicts the targets no better than chance"),
+        ((BASE, SIDEKICK, TARGETS[ORDER]), "neither b.npy nor s.npy predicts t.npy"),
+    ],
+)
+def test_probable_mistakes_are_warned_of(logits: tuple[Tensor, ...], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as seen:
+        check_logits(Logits(*logits), NAMES)
+    assert len(seen) == 1
+
+
+def test_weak_models_and_small_sets_are_not_warned_of() -> None:
+    constant = torch.zeros_like(SIDEKICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_logits(Logits(BASE, constant, TARGETS))
+        check_logits(Logits(BASE[:20], SIDEKICK[:20].flip(0), TARGETS[:20]))
+
+
+def test_models_are_run_over_a_loader_and_left_as_they_were() -> None:
+    data = small_images(50)
+    base, sidekick = Classifier().train(), nn.Sequential(nn.Identity(), small_net()).train()
+    sidekick[1].eval()
+    found = collect_logits(base, sidekick, loader(data))
+    assert base.training
+    assert sidekick.training
+    assert not sidekick[1].training
+    assert not found.base.requires_grad
+    x, y = data.tensors
+    torch.testing.assert_close(found.base, base.eval()(x))
+    torch.testing.assert_close(found.sidekick, sidekick.eval()(x))
+    assert torch.equal(found.targets, y)
+    by_name = [{"pixel_values": x[:9], "labels": y[:9]}]
+    assert len(collect_logits(base, sidekick, by_name).base) == 9
+    own = [("id", y[:9], x[:9])]
+    again = collect_logits(base, sidekick, own, batch_fn=lambda batch: (batch[2], batch[1]))
+    torch.testing.assert_close(again.base, found.base[:9])
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "the data hold no batch"),
+        ([(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1]))], "a batch has 2 targets"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))], r"targets must be in 0\.\.3"),
+        ([torch.zeros(2, 3, 8, 8)], "cannot find inputs and targets"),
+    ],
+)
+def test_batches_that_do_not_fit(batches: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collect_logits(Classifier(), small_net(), batches)
+    with pytest.raises(ValueError, match="sidekick of a DuoModule must return"):
+        collect_logits(Classifier(), nn.Identity(), DataLoader(small_images(4), 4))

@@ -1,0 +1,46 @@
+"""The table for the terminal."""
+
+import math
+
+from helpers import make_logits
+from rich.console import Console
+
+from lightning_duo.calibration import calibrate
+from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.summary import COLUMNS, SUMMARY, best_of, summary_table, threshold_sentence
+
+LOGITS = make_logits(200, 5, seed=0)
+
+
+def test_the_table_fits_80_columns_and_marks_the_best() -> None:
+    found = calibrate(*LOGITS)
+    results = {form: measure(p) for form, p in evaluate(*LOGITS, found.fit).items()}
+    console = Console(width=80, record=True, force_terminal=True)
+    console.print(summary_table(results, found.fit, data="some data", balance=0.125))
+    text = console.export_text(clear=False)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "12.5 %" in text
+    assert f"{results['duo']['nll']:.3f}" in text
+    best = min(row["nll"] for row in results.values())
+    assert f"1m{best:.3f}" in console.export_text(styles=True)
+    without = Console(width=80, record=True)
+    without.print(summary_table(results, found.fit, data="some data", balance=None))
+    assert "FLOPs" not in without.export_text()
+
+
+def test_undefined_metrics_are_not_best() -> None:
+    results = {"base": {"auroc": math.nan}, "duo": {"auroc": 0.7}}
+    assert best_of("auroc", results) == {"duo"}
+    assert best_of("auroc", {"base": {"auroc": math.nan}}) == set()
+    assert COLUMNS["auroc"].text(math.nan) == "n/a"
+    assert set(SUMMARY) < set(COLUMNS)
+
+
+def test_the_sentence_on_the_threshold() -> None:
+    assert threshold_sentence(calibrate(*LOGITS)) == ""
+    found = calibrate(*LOGITS, target_accuracy=0.9, delta=0.1)
+    sentence = threshold_sentence(found)
+    assert f"{found.threshold.value:.4g}" in sentence
+    assert f"{100 * found.threshold.coverage:.1f} % of the 200" in sentence
+    assert "with probability 0.9 on new data" in sentence
