@@ -49,6 +49,7 @@ def main() -> None:
         optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-6),
         # What is less sure than that goes to a human.
         target_accuracy=0.9,
+        delta=0.1,
     )
     trainer = L.Trainer(
         max_epochs=options.epochs,
