@@ -51,7 +51,7 @@ class Predictions:
     nll: Tensor
     """Negative log-likelihood of the target in nats, shape (N,), float64."""
     brier: Tensor
-    """Squared error of the probabilities, summed over classes, shape (N,), float64."""
+    """Squared error of the probabilities, summed over classes, shape (N,)."""
     num_classes: int
     """K."""
 
@@ -79,7 +79,7 @@ def measure(predictions: Predictions) -> dict[str, float]:
             "accuracy": multiclass_accuracy(prediction, targets, classes, average="micro"),
             "f1": multiclass_f1_score(prediction, targets, classes, average="macro"),
             "nll": predictions.nll.mean(),
-            "brier": predictions.brier.mean(),
+            "brier": predictions.brier.double().mean(),
             "ece": selective.expected_calibration_error(confidence, correct),
             "auroc": selective.correctness_auroc(score, correct),
             "fpr95": selective.fpr_at_tpr(score, correct, 0.95),
@@ -125,9 +125,11 @@ class DuoMetrics(Metric):
     """
 
     full_state_update = False
+    score: list[Tensor]
     confidence: list[Tensor]
-    losses: list[Tensor]
     prediction: list[Tensor]
+    nll: list[Tensor]
+    brier: list[Tensor]
     targets: list[Tensor]
 
     def __init__(
@@ -141,7 +143,7 @@ class DuoMetrics(Metric):
         super().__init__(**kwargs)
         if score not in get_args(Score):
             raise ValueError(f"score must be one of {get_args(Score)}, got {score!r}")
-        self.num_classes, self.score = num_classes, score
+        self.num_classes, self.ranked_by = num_classes, score
         self.forms = {
             "base": Temperatures(1.0, 0.0),
             "base_scaled": fit.scaled_base,
@@ -151,9 +153,9 @@ class DuoMetrics(Metric):
             "duo": fit.temperatures,
             "uq_only": fit.temperatures,
         }
-        # confidence: confidence and score (N, forms, 2); losses: NLL and Brier (N, forms, 2).
-        for name in ("confidence", "losses", "prediction", "targets"):
+        for name in ("score", "confidence", "prediction", "nll", "brier"):  # each (N, forms)
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
         self.reset()
 
     @override
@@ -161,10 +163,8 @@ class DuoMetrics(Metric):
         """Forget all samples."""
         super().reset()
         # A process that gets no sample must still have something to exchange with the others.
-        forms = len(self.forms)
-        self.confidence.append(torch.zeros(0, forms, 2, device=self.device))
-        self.losses.append(torch.zeros(0, forms, 2, device=self.device).double())
-        self.prediction.append(torch.zeros(0, forms, device=self.device).long())
+        none = torch.zeros(0, len(self.forms), device=self.device)
+        self._append(none, none, none.int(), none.double(), none)
         self.targets.append(torch.zeros(0, device=self.device).long())
 
     @override
@@ -176,20 +176,27 @@ class DuoMetrics(Metric):
             self._add(base_logits[part].float(), sidekick_logits[part].float(), targets[part])
 
     def _add(self, base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
-        confidence, losses, prediction = [], [], []
+        parts = []
         for form, temperatures in self.forms.items():
             weights = torch.tensor(temperatures, dtype=torch.float32, device=base.device)
             head = duo_head(base, sidekick, weights, uq_only=form == "uq_only")
             assert head.probs is not None
-            score = head.confidence if self.score == "confidence" else -head.entropy
-            confidence.append(torch.stack((head.confidence, score), dim=1))
+            score = head.confidence if self.ranked_by == "confidence" else -head.entropy
             nll = _nll(base, sidekick, temperatures, targets)
-            losses.append(torch.stack((nll, selective.brier_scores(head.probs, targets)), dim=1))
-            prediction.append(head.prediction)
-        self.confidence.append(torch.stack(confidence, dim=1))
-        self.losses.append(torch.stack(losses, dim=1))
-        self.prediction.append(torch.stack(prediction, dim=1))
+            brier = selective.brier_scores(head.probs, targets).float()
+            parts.append((score, head.confidence, head.prediction.int(), nll, brier))
+        self._append(*(torch.stack(columns, dim=1) for columns in zip(*parts, strict=True)))
         self.targets.append(targets)
+
+    def _append(
+        self, score: Tensor, confidence: Tensor, prediction: Tensor, nll: Tensor, brier: Tensor
+    ) -> None:
+        """Keep 24 bytes a sample and form."""
+        self.score.append(score)
+        self.confidence.append(confidence)
+        self.prediction.append(prediction)
+        self.nll.append(nll)
+        self.brier.append(brier)
 
     @override
     def compute(self) -> dict[str, dict[str, float]]:
@@ -202,17 +209,18 @@ class DuoMetrics(Metric):
             return {form: found.cpu() for form, found in self._by_form().items()}
 
     def _by_form(self) -> dict[str, Predictions]:
-        confidence, losses = dim_zero_cat(self.confidence), dim_zero_cat(self.losses)
-        prediction, targets = dim_zero_cat(self.prediction), dim_zero_cat(self.targets)
+        score, confidence, nll = map(dim_zero_cat, (self.score, self.confidence, self.nll))
+        prediction, brier = dim_zero_cat(self.prediction).long(), dim_zero_cat(self.brier)
+        targets = dim_zero_cat(self.targets)
         return {
             form: Predictions(
-                confidence[:, i, 0],
-                confidence[:, i, 1],
-                prediction[:, i],
-                targets,
-                losses[:, i, 0],
-                losses[:, i, 1],
-                self.num_classes,
+                confidence=confidence[:, i],
+                score=score[:, i],
+                prediction=prediction[:, i],
+                targets=targets,
+                nll=nll[:, i],
+                brier=brier[:, i],
+                num_classes=self.num_classes,
             )
             for i, form in enumerate(self.forms)
         }

@@ -50,8 +50,10 @@ class _SelectiveMetric(Metric):
             )
         if len(confidence):
             check_samples(confidence, correct)
-            self.confidence.append(confidence.to(torch.promote_types(confidence.dtype, self.dtype)))
-            self.correct.append(correct.bool())
+            # Copies, as the caller's tensors may change, or hold a graph or a whole batch.
+            dtype = torch.promote_types(confidence.dtype, self.dtype)
+            self.confidence.append(confidence.detach().to(dtype, copy=True))
+            self.correct.append(correct.detach().to(torch.bool, copy=True))
 
     def _samples(self) -> tuple[Tensor, Tensor]:
         # torch.cat promotes the empty float32 tensor that `reset` left.
@@ -249,13 +251,17 @@ class RiskCoverageCurve(_SelectiveMetric):
     ) -> _PLOT_OUT_TYPE:
         """Draw the curve, or the given one; with ``score``, its area (AURC or AUGRC) beside it."""
         curve = val or self.compute()
-        if self.generalized:
-            area = selective.augrc(*self._samples()) if score else None
-            labels = ("Coverage", "Generalized risk")
-        else:
-            area = curve.risk.double().mean() if score else None
-            labels = ("Coverage", "Risk")
-        return plot_curve(curve, score=area, ax=ax, label_names=labels, name=type(self).__name__)
+        risk = curve.risk.double()
+        # The mean over coverages, and the trapezoids from (0, 0).
+        area = (risk.sum() - risk[-1] / 2) / len(risk) if self.generalized else risk.mean()
+        labels = ("Coverage", "Generalized risk" if self.generalized else "Risk")
+        return plot_curve(
+            curve,
+            score=area if score else None,
+            ax=ax,
+            label_names=labels,
+            name=type(self).__name__,
+        )
 
 
 class Brier(Metric):
@@ -291,12 +297,12 @@ class Brier(Metric):
         """Add a batch: probabilities (B, K) and true classes (B,)."""
         errors = selective.brier_scores(probs, targets)
         classes = probs.shape[1] if self.mean_over_classes else 1
-        self.total = self.total + errors.sum() / classes
+        self.total += (errors.sum() / classes).to(self.total.dtype)
         self.samples += len(targets)
 
     @override
     def compute(self) -> Tensor:
-        """Brier score over all samples seen, a scalar, float32."""
+        """Brier score over all samples seen, a scalar, float32; NaN if there were none."""
         return (self.total / self.samples).float()
 
     @override

@@ -99,8 +99,8 @@ def mean_risk(counts: Counts) -> Tensor:
     """
     accepted, errors = _shifted(counts.accepted), _shifted(counts.errors)
     size, wrong = counts.accepted - accepted, counts.errors - errors
-    table = _harmonic(counts)
-    reciprocals = table[counts.accepted] - table[accepted]
+    harmonic = _harmonic(counts)[counts.accepted]
+    reciprocals = harmonic - _shifted(harmonic)
     level = errors - accepted * (wrong / size.clamp(min=1).double())
     return (wrong + level * reciprocals).sum(-1) / counts.total
 

@@ -49,13 +49,7 @@ def risk_coverage_curve(confidence: Tensor, correct: Tensor) -> RiskCoverageCurv
 
     Source: Geifman and El-Yaniv (2017); Asymmetric Duos, Sec. 5.3.
     """
-    ranked = rank(confidence, correct)
-    accepted = torch.arange(1, len(ranked.order) + 1, device=confidence.device)
-    return RiskCoverageCurve(
-        _like(confidence, accepted.double() / len(accepted)),
-        _like(confidence, ranked.errors_by_rank() / accepted),
-        ranked.confidence,
-    )
+    return _curve(confidence, correct, generalized=False)
 
 
 def generalized_risk_coverage_curve(confidence: Tensor, correct: Tensor) -> RiskCoverageCurve:
@@ -81,12 +75,7 @@ def generalized_risk_coverage_curve(confidence: Tensor, correct: Tensor) -> Risk
     Source: Traub et al. (2024), "Overcoming Common Flaws in the Evaluation of Selective
     Classification Systems".
     """
-    curve = risk_coverage_curve(confidence.double(), correct)
-    return RiskCoverageCurve(
-        _like(confidence, curve.coverage),
-        _like(confidence, curve.risk * curve.coverage),
-        curve.threshold.to(confidence.dtype),
-    )
+    return _curve(confidence, correct, generalized=True)
 
 
 def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -358,6 +347,17 @@ def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"expected targets in 0..{probs.shape[1] - 1}")
     right = exact.gather(1, targets.long()[:, None]).squeeze(1)
     return exact.square().sum(1) - 2 * right + 1
+
+
+def _curve(confidence: Tensor, correct: Tensor, *, generalized: bool) -> RiskCoverageCurve:
+    ranked = rank(confidence, correct)
+    count = len(ranked.order)
+    accepted = torch.arange(1, count + 1, device=confidence.device)
+    return RiskCoverageCurve(
+        _like(confidence, accepted.double() / count),
+        _like(confidence, ranked.errors_by_rank() / (count if generalized else accepted)),
+        ranked.confidence,
+    )
 
 
 def _warn_if_one_sided(counts: Counts, what: str) -> None:

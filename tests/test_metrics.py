@@ -1,101 +1,255 @@
-"""The duo's metric set against scikit-learn and torch, and the selective metrics over batches."""
+"""Every torchmetrics class against its function: batches, processes, checkpoints and plots."""
 
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
-from helpers import make_logits
-from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
-from torch.nn.functional import one_hot
+from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_duo import fit_temperatures, metrics, selective
-from lightning_duo.evaluation import DuoMetrics
+from lightning_duo import metrics, selective
 
-BASE, SIDEKICK, TARGETS = make_logits(300, 5, seed=4, margin=1.5)
-FIT = fit_temperatures(BASE, SIDEKICK, TARGETS)
-
-
-def test_duo_metrics_against_other_libraries() -> None:
-    found = DuoMetrics(5, FIT)
-    for rows in torch.arange(300).split(64):
-        found.update(BASE[rows], SIDEKICK[rows], TARGETS[rows])
-    results = found.compute()
-
-    duo_weights = FIT.temperatures
-    weights = {
-        "base": (1.0, 0.0),
-        "base_scaled": FIT.scaled_base,
-        "sidekick": (0.0, 1.0),
-        "sidekick_scaled": FIT.scaled_sidekick,
-        "unweighted": (0.5, 0.5),
-        "duo": duo_weights,
-        "uq_only": duo_weights,
-    }
-    assert set(results) == set(weights)
-    for form, (t_base, t_sidekick) in weights.items():
-        probs = (t_base * BASE.double() + t_sidekick * SIDEKICK.double()).softmax(1)
-        prediction = (BASE if form == "uq_only" else probs).argmax(1)
-        confidence = probs.gather(1, prediction[:, None]).squeeze(1)
-        correct = prediction == TARGETS
-        expected = {
-            "accuracy": accuracy_score(TARGETS, prediction),
-            "f1": f1_score(TARGETS, prediction, average="macro"),
-            "nll": log_loss(TARGETS, probs),
-            "brier": float((probs - one_hot(TARGETS, 5)).square().sum(1).mean()),
-            "ece": float(selective.expected_calibration_error(confidence, correct)),
-            "auroc": roc_auc_score(correct, confidence),
-            "fpr95": float(selective.fpr_at_tpr(confidence, correct)),
-            "aurc": float(selective.aurc(confidence, correct)),
-            "e_aurc": float(selective.e_aurc(confidence, correct)),
-            "augrc": float(selective.augrc(confidence, correct)),
-            "sac98": float(selective.coverage_at_accuracy(confidence, correct, 0.98)),
-        }
-        assert results[form] == pytest.approx(expected, rel=1e-5, abs=1e-6), form
-
-
-def test_measured_nll_is_the_fitted_nll_and_orders_the_models() -> None:
-    found = DuoMetrics(5, FIT)
-    found.update(BASE, SIDEKICK, TARGETS)
-    results = found.compute()
-    assert results["duo"]["nll"] == pytest.approx(FIT.nll, rel=1e-12)
-    assert results["base_scaled"]["nll"] == pytest.approx(FIT.nll_base, rel=1e-12)
-    assert results["duo"]["nll"] <= results["base_scaled"]["nll"] <= results["base"]["nll"]
-
-
-def test_reset_forgets() -> None:
-    found = DuoMetrics(5, FIT)
-    found.update(SIDEKICK, BASE, TARGETS)
-    found.compute()
-    found.reset()
-    found.update(BASE, SIDEKICK, TARGETS)
-    once = DuoMetrics(5, FIT)
-    once.update(BASE, SIDEKICK, TARGETS)
-    assert found.compute() == once.compute()
-
-
-@pytest.mark.parametrize(
-    ("metric", "function"),
-    [
-        (metrics.AURC(), selective.aurc),
-        (metrics.ExcessAURC(), selective.e_aurc),
-        (metrics.AUGRC(), selective.augrc),
-        (metrics.CorrectnessAUROC(), selective.correctness_auroc),
-        (
-            metrics.SelectiveAccuracyConstraint(accuracy=0.9),
-            lambda c, r: selective.coverage_at_accuracy(c, r, 0.9),
-        ),
-    ],
+GENERATOR = torch.Generator().manual_seed(0)
+SCORES = (torch.rand(100, generator=GENERATOR), torch.rand(100, generator=GENERATOR) < 0.7)
+PROBS = (
+    torch.randn(100, 4, generator=GENERATOR).softmax(1),
+    torch.randint(4, (100,), generator=GENERATOR),
 )
-def test_selective_metrics_over_batches(metric: metrics.AURC, function: object) -> None:
-    confidence, correct = torch.rand(100), torch.rand(100) < 0.7
-    for rows in torch.arange(100).split(30):
-        metric.update(confidence[rows], correct[rows])
-    assert metric.compute() == function(confidence, correct)
+SHARES = {
+    "constraint": (metrics.SelectiveAccuracyConstraint, "accuracy", selective.coverage_at_accuracy),
+    "accuracy": (metrics.SelectiveAccuracy, "coverage", selective.accuracy_at_coverage),
+    "fpr": (metrics.FalsePositiveRate, "tpr", selective.fpr_at_tpr),
+}
+
+
+def brier(probs: Tensor, targets: Tensor) -> Tensor:
+    return selective.brier_scores(probs, targets).mean().float()
+
+
+# Metric, function of all samples, and the samples.
+CASES: dict[str, tuple[Callable[[], Metric], Callable, tuple[Tensor, Tensor]]] = {
+    "aurc": (metrics.AURC, selective.aurc, SCORES),
+    "e_aurc": (metrics.ExcessAURC, selective.e_aurc, SCORES),
+    "augrc": (metrics.AUGRC, selective.augrc, SCORES),
+    "auroc": (metrics.CorrectnessAUROC, selective.correctness_auroc, SCORES),
+    **{
+        name: (partial(metric, **{option: 0.85}), partial(function, **{option: 0.85}), SCORES)
+        for name, (metric, option, function) in SHARES.items()
+    },
+    "curve": (metrics.RiskCoverageCurve, selective.risk_coverage_curve, SCORES),
+    "generalized": (
+        partial(metrics.RiskCoverageCurve, generalized=True),
+        selective.generalized_risk_coverage_curve,
+        SCORES,
+    ),
+    "brier": (metrics.Brier, brier, PROBS),
+    "brier_mean": (
+        partial(metrics.Brier, mean_over_classes=True),
+        lambda probs, targets: brier(probs, targets) / 4,
+        PROBS,
+    ),
+}
+SCALARS = [name for name in CASES if name not in ("curve", "generalized")]
+every_metric = pytest.mark.parametrize("name", CASES)
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+
+
+def first(data: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    return data[0][rows], data[1][rows]
+
+
+def filled(name: str) -> Metric:
+    metric = CASES[name][0]()
+    for start in range(0, 100, 30):
+        metric.update(*first(CASES[name][2], slice(start, start + 30)))
+    return metric
+
+
+@every_metric
+def test_batches_are_the_function_of_all_samples(name: str) -> None:
+    _, function, data = CASES[name]
+    metric = filled(name)
+    metric.update(*first(data, slice(0, 0)))
+    close(metric.compute(), function(*data))
     metric.reset()
-    metric.update(confidence[:9], correct[:9])
-    assert metric.compute() == function(confidence[:9], correct[:9])
+    few = first(data, slice(0, 9))
+    metric.update(*few)
+    close(metric.compute(), function(*few))
 
 
-def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="AURC expects confidence and correct of one shape"):
-        metrics.AURC().update(torch.rand(3), torch.tensor([True]))
-    with pytest.raises(ValueError, match="accuracy must be a fraction"):
-        metrics.SelectiveAccuracyConstraint(accuracy=98)
+@every_metric
+def test_forward_gives_the_batch_and_keeps_the_rest(name: str) -> None:
+    make, function, data = CASES[name]
+    metric = make()
+    for start in (0, 30, 60):
+        batch = first(data, slice(start, start + 30))
+        close(metric(*batch), function(*batch))
+    close(metric.compute(), function(*first(data, slice(0, 90))))
+
+
+@every_metric
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_of_the_same_values(name: str, dtype: torch.dtype) -> None:
+    make, function, (scores, labels) = CASES[name]
+    metric = make()
+    metric.update(scores.to(dtype), labels)
+    found, exact = metric.compute(), function(scores.to(dtype).float(), labels)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0)
+
+
+@every_metric
+def test_copies_are_independent(name: str) -> None:
+    _, function, data = CASES[name]
+    metric = filled(name)
+    for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        close(twin.compute(), function(*data))
+        twin.reset()
+        twin.update(*first(data, slice(0, 9)))
+        close(twin.compute(), function(*first(data, slice(0, 9))))
+    close(metric.compute(), function(*data))
+
+
+@every_metric
+def test_a_checkpoint_goes_on_where_it_was(name: str) -> None:
+    make, function, data = CASES[name]
+    metric, buffer = make(), io.BytesIO()
+    assert not metric.state_dict()
+    metric.persistent(True)
+    for start in (0, 30):
+        metric.update(*first(data, slice(start, start + 30)))
+    torch.save(metric.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = make()
+    loaded.persistent(True)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    loaded.update(*first(data, slice(60, 100)))
+    close(loaded.compute(), function(*data))
+
+
+def test_float64_stays_float64() -> None:
+    confidence, correct = torch.rand(50).double(), SCORES[1][:50]
+    metric = metrics.AURC()
+    metric.update(confidence, correct)
+    close(metric.compute(), selective.aurc(confidence, correct), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_plots_follow_torchmetrics(name: str) -> None:
+    plt.switch_backend("Agg")
+    metric = filled(name)
+    value = float(metric.compute())
+    figure, axes = metric.plot()
+    assert isinstance(figure, plt.Figure)
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([value])
+    _, axes = metric.plot([torch.tensor(0.25), torch.tensor(0.5)])
+    assert axes.lines[0].get_ydata().tolist() == [0.25, 0.5]
+    low, high = axes.get_ylim()
+    assert low <= 0
+    assert high >= (metric.plot_upper_bound or 0.5)
+    assert metric.plot(torch.tensor(0.25), ax=axes)[1] is axes
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("name", "area"), [("curve", "aurc"), ("generalized", "augrc")])
+def test_curves_are_drawn_with_their_area(name: str, area: str) -> None:
+    plt.switch_backend("Agg")
+    metric = filled(name)
+    curve = metric.compute()
+    figure, axes = metric.plot()
+    assert isinstance(figure, plt.Figure)
+    assert axes.lines[0].get_xdata().tolist() == curve.coverage.tolist()
+    assert axes.lines[0].get_ydata().tolist() == curve.risk.tolist()
+    expected = float(CASES[area][1](*SCORES))
+    assert axes.get_legend().get_texts()[0].get_text() == f"AUC={expected:0.3f}"
+    assert metric.plot(score=False)[1].get_legend() is None
+    plt.close("all")
+
+
+def everything(rank: int, world: int) -> dict[str, list]:
+    """All metrics on this process's part: 63 and 37 samples, then 100 and none."""
+    results: dict[str, list] = {}
+    for split in (63, 100):
+        part = slice(0, split) if rank == 0 else slice(split, 100)
+        for name, (make, _, data) in CASES.items():
+            for dtype in (torch.float32, torch.float64):
+                metric = make()
+                if dtype == torch.float64:  # so that an empty process exchanges it too
+                    metric.set_dtype(dtype)
+                scores, labels = first(data, part if world > 1 else slice(None))
+                if len(labels):
+                    metric.update(scores.to(dtype), labels)
+                found = metric.compute()
+                values = list(found) if isinstance(found, tuple) else [found]
+                results[f"{name} {split} {dtype}"] = [v.double().tolist() for v in values]
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_processes_one_of_them_empty_are_one(tmp_path: Path) -> None:
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch.distributed as dist
+import test_metrics
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
+found = test_metrics.everything(rank, 2)
+open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(found))
+dist.destroy_process_group()
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1][-3000:] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    finally:
+        for process in processes:
+            process.kill()
+    alone = everything(0, 1)
+    assert len(alone) == 4 * len(CASES)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.keys() == alone.keys()
+        for case, values in alone.items():
+            close(torch.tensor(found[case]), torch.tensor(values))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("brier")])
+def test_bad_samples_are_named_when_they_come(name: str) -> None:
+    metric = CASES[name][0]()
+    kind = type(metric).__name__
+    with pytest.raises(ValueError, match=f"{kind} expects confidence and correct of one shape"):
+        metric.update(torch.rand(3), torch.tensor([True]))
+    with pytest.raises(ValueError, match=f"{kind} expects confidence and correct"):
+        metric.update(torch.rand(3, 1), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="NaN"):
+        metric.update(torch.tensor([torch.nan]), torch.tensor([True]))
+    with pytest.raises(ValueError, match="booleans"):
+        metric.update(torch.tensor([0.5]), torch.tensor([7]))
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="apply softmax"):
+        metrics.Brier().update(torch.tensor([[3.0, 1.0]]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"targets in 0\.\.1"):
+        metrics.Brier().update(torch.tensor([[0.5, 0.5]]), torch.tensor([2]))
+    for metric, option, _ in SHARES.values():
+        with pytest.raises(ValueError, match=f"{option} must be a fraction"):
+            metric(**{option: 98})

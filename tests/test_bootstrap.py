@@ -1,0 +1,185 @@
+"""Bootstrap replicates against measuring the drawn samples, and intervals against SciPy."""
+
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from lightning_duo.bootstrap import Bootstrap, bootstrap
+from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
+
+MODULE = sys.modules[bootstrap.__module__]
+# torchmetrics counts accuracy and F1 in float32; everything else is float64 from end to end.
+TOLERANCE = {"accuracy": 1e-6, "f1": 1e-6}
+
+
+def make_predictions(
+    count: int, classes: int = 4, *, seed: int = 0, levels: int | None = None, skill: float = 1.5
+) -> Predictions:
+    """A model that is right more often where it is surer; with ``levels`` many samples tie."""
+    generator = torch.Generator().manual_seed(99)
+    targets = torch.randint(classes, (count,), generator=generator)
+    logits = torch.randn(count, classes, generator=generator.manual_seed(seed)).double()
+    logits[torch.arange(count), targets] += skill
+    probs = (1.2 * logits).softmax(1)
+    confidence, prediction = probs.max(1)
+    if levels:
+        confidence = (confidence * levels).ceil() / levels
+    target = probs.gather(1, targets[:, None]).squeeze(1)
+    brier = (probs - torch.eye(classes).double()[targets]).square().sum(1)
+    score = -torch.special.entr(probs).sum(1) if not levels else confidence
+    return Predictions(confidence, score, prediction, targets, -target.log(), brier, classes)
+
+
+def resampled(predictions: Predictions, rows: Tensor) -> Predictions:
+    """The drawn samples, written out."""
+    values = {f.name: getattr(predictions, f.name) for f in fields(Predictions)}
+    return Predictions(**{k: v if k == "num_classes" else v[rows] for k, v in values.items()})
+
+
+def check_replicates(found: Bootstrap, models: dict[str, Predictions], seed: int) -> None:
+    """Every replicate of every metric is `measure` of the samples that were drawn."""
+    samples = len(next(iter(models.values())).targets)
+    replicates = len(found.resampled["a"]["nll"])
+    draws = [w for part in MODULE._weights(samples, replicates, seed, "cpu") for w in part]
+    assert len(draws) == replicates
+    for name, predictions in models.items():
+        assert found.estimates[name] == pytest.approx(measure(predictions), nan_ok=True)
+        assert set(found.resampled[name]) == set(HIGHER_IS_BETTER)
+        for index, weights in enumerate(draws):
+            assert int(weights.sum()) == samples
+            rows = torch.arange(samples).repeat_interleave(weights)
+            for metric, expected in measure(resampled(predictions, rows)).items():
+                value = found.resampled[name][metric][index].item()
+                close = pytest.approx(
+                    expected, rel=TOLERANCE.get(metric, 1e-10), abs=1e-12, nan_ok=True
+                )
+                assert value == close, (name, metric, index)
+
+
+@pytest.mark.parametrize(
+    ("count", "levels"), [(1, None), (2, None), (40, None), (40, 5), (300, None), (300, 20)]
+)
+def test_replicates_are_measures_of_the_drawn_samples(count: int, levels: int | None) -> None:
+    models = {
+        "a": make_predictions(count, levels=levels),
+        "b": make_predictions(count, seed=1, levels=levels),
+    }
+    check_replicates(bootstrap(models, resamples=25, seed=3), models, seed=3)
+
+
+def test_a_resample_without_a_wrong_sample_has_no_auroc() -> None:
+    model = make_predictions(8, skill=2.5)
+    assert int(model.correct.sum()) == 7
+    found = bootstrap({"a": model}, resamples=60)
+    values = found.resampled["a"]
+    one_sided = values["accuracy"] == 1
+    assert 0 < int(one_sided.sum()) < 60
+    for metric in ("auroc", "fpr95"):
+        assert values[metric].isnan().equal(one_sided)
+        kept = values[metric][~one_sided].numpy()
+        expected = np.quantile(kept, [0.025, 0.975])  # of the resamples where it is defined
+        np.testing.assert_allclose(found.interval("a", metric)[1:], expected)
+    check_replicates(found, {"a": model}, seed=0)
+
+
+def test_undefined_on_every_resample_is_nan() -> None:
+    found = bootstrap({"a": make_predictions(20, skill=50.0)}, resamples=10)
+    assert np.isnan(found.interval("a", "auroc")).all()
+    assert found.interval("a", "accuracy") == (1, 1, 1)
+
+
+def test_float32_scores_to_float32_precision() -> None:
+    exact = make_predictions(200)
+    single = Predictions(
+        exact.confidence.float(), exact.score.float(), *list(vars(exact).values())[2:]
+    )
+    found = bootstrap({"a": single}, resamples=20)
+    draws = next(MODULE._weights(200, 20, 0, "cpu"))
+    for index, weights in enumerate(draws):
+        rows = torch.arange(200).repeat_interleave(weights)
+        expected = measure(resampled(single, rows))
+        replicate = {k: float(v[index]) for k, v in found.resampled["a"].items()}
+        assert replicate == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["nll", "brier", "accuracy"])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_interval_of_a_mean_is_scipys(metric: str, level: float) -> None:
+    model = make_predictions(300)
+    values = {"nll": model.nll, "brier": model.brier, "accuracy": model.correct.double()}[metric]
+    ours = bootstrap({"a": model}, resamples=6000).interval("a", metric, level=level)
+    theirs = scipy.stats.bootstrap(
+        (values.numpy(),),
+        np.mean,
+        n_resamples=6000,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = theirs.confidence_interval
+    # A 2.5 % quantile of 6000 draws has a standard error of 0.035 standard deviations.
+    allowed = 5 * 2**0.5 * 0.035 * theirs.standard_error
+    assert ours.value == pytest.approx(float(values.mean()), rel=1e-6)
+    assert ours.low == pytest.approx(low, abs=allowed)
+    assert ours.high == pytest.approx(high, abs=allowed)
+
+
+def test_paired_differences() -> None:
+    model = make_predictions(200)
+    noise = 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(5)).double()
+    like_it = Predictions(*vars(model).values())
+    object.__setattr__(like_it, "nll", model.nll + noise)
+    found = bootstrap({"a": model, "same": model, "like it": like_it}, resamples=500)
+    for metric in HIGHER_IS_BETTER:
+        assert found.difference("a", "same", metric) == (0, 0, 0)
+    paired = found.difference("like it", "a", "nll")
+    assert paired.value == pytest.approx(float(noise.mean()), rel=1e-9)
+    assert paired.low < paired.value < paired.high
+    # Each draw's difference is that of the means of the noise, whatever the samples' own NLL.
+    assert paired.high - paired.low == pytest.approx(
+        2 * 1.96 * float(noise.std()) / 200**0.5, rel=0.2
+    )
+    other = bootstrap({"like it": like_it}, resamples=500, seed=1).resampled["like it"]["nll"]
+    low, high = np.quantile(other - found.resampled["a"]["nll"], [0.025, 0.975])
+    assert paired.high - paired.low < (high - low) / 3
+
+
+def test_the_seed_decides_the_draws() -> None:
+    models = {"a": make_predictions(50)}
+    first, again, other = (bootstrap(models, resamples=40, seed=s) for s in (1, 1, 2))
+    for metric, values in first.resampled["a"].items():
+        torch.testing.assert_close(values, again.resampled["a"][metric], rtol=0, atol=0)
+    assert not first.resampled["a"]["nll"].equal(other.resampled["a"]["nll"])
+    assert first.estimates == other.estimates
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 30 * 7, 30 * 25])
+def test_chunks_change_no_replicate(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"a": make_predictions(30, levels=8), "b": make_predictions(30, seed=1)}
+    whole = bootstrap(models, resamples=25, seed=2)
+    monkeypatch.setattr(MODULE, "CHUNK_WEIGHTS", chunk)
+    parts = bootstrap(models, resamples=25, seed=2)
+    for name in models:
+        torch.testing.assert_close(parts.resampled[name], whole.resampled[name], equal_nan=True)
+
+
+def test_bad_input_is_named() -> None:
+    models = {"a": make_predictions(10)}
+    with pytest.raises(ValueError, match="models and at least 2 resamples, got 1"):
+        bootstrap(models, resamples=1)
+    with pytest.raises(ValueError, match="expected models"):
+        bootstrap({})
+    for other in (make_predictions(11), resampled(models["a"], torch.arange(10).flip(0))):
+        with pytest.raises(ValueError, match="targets of 'b' are not those of 'a'"):
+            bootstrap({**models, "b": other})
+    found = bootstrap(models, resamples=5)
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match=r"level must be in \(0, 1\)"):
+            found.interval("a", "nll", level=level)
+        with pytest.raises(ValueError, match=r"level must be in \(0, 1\)"):
+            found.difference("a", "a", "nll", level=level)
