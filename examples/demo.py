@@ -11,14 +11,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from solar_cells import CellClassifier, SolarCells, pretrained_state
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback
 from lightning_duo.figures import risk_coverage_figure
-from lightning_duo.summary import summary_table, threshold_sentence
+from lightning_duo.summary import print_summary
 
 SIDEKICK = "tf_efficientnet_lite0"
 
@@ -64,14 +63,7 @@ def main() -> None:
 
     results = duo.results["test"]
     fit = duo.fit
-    table = summary_table(results, fit, data="the held-out test split", balance=duo.balance)
-    Console().print(table)
-    Console().print(threshold_sentence(duo.calibration), highlight=False)
-    Console().print(
-        f"On the test split it accepts {100 * results['duo']['coverage']:.1f} % of the cells and "
-        f"is right on {100 * results['duo']['selective_accuracy']:.1f} % of them.",
-        highlight=False,
-    )
+    print_summary(results, duo.calibration, data="the held-out test split", balance=duo.balance)
     duo.module.save(options.output / "duo.safetensors")
     figure = risk_coverage_figure(
         duo.predictions["test"], title="Solar cells: error among the answers the model keeps"

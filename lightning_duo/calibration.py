@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_duo.evaluation import evaluate
+from lightning_duo.evaluation import Predictions, evaluate
 from lightning_duo.logits import Logits, check_logits
 from lightning_duo.module import DuoModule
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
@@ -146,12 +146,27 @@ def calibrate(
     check_request(target_accuracy, delta)
     logits = check_logits(Logits(base_logits, sidekick_logits, targets))
     fit = fit_temperatures(*logits)
+    return choose_threshold(fit, evaluate(*logits, fit)["duo"], target_accuracy, delta)
+
+
+def choose_threshold(
+    fit: TemperatureFit, duo: Predictions, target_accuracy: float | None, delta: float | None
+) -> Calibration:
+    """The fit with the threshold for a target accuracy, if there is one.
+
+    Args:
+        fit: The temperatures.
+        duo: What the duo says with them of the samples that choose.
+        target_accuracy: As in `calibrate`.
+        delta: As in `calibrate`.
+
+    Warns:
+        UserWarning: If no threshold reaches the target, so that nothing is accepted.
+    """
     chosen = None
     if target_accuracy is not None:
-        duo = evaluate(*logits, fit)["duo"]
         chosen = select_threshold(duo.confidence, duo.correct, target_accuracy, delta=delta)
-    classes, samples = base_logits.shape[1], len(targets)
-    return Calibration(fit, classes, samples, target_accuracy, delta, chosen)
+    return Calibration(fit, duo.num_classes, len(duo.targets), target_accuracy, delta, chosen)
 
 
 def check_request(target_accuracy: float | None, delta: float | None) -> None:

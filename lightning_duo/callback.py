@@ -1,5 +1,6 @@
 """`DuoCallback`: a sidekick for any LightningModule that classifies."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_duo.batch import BatchFn, LogitsFn, check_targets, read_batch
-from lightning_duo.calibration import Calibration, check_request
+from lightning_duo.calibration import Calibration, check_request, choose_threshold
 from lightning_duo.cofinetune import OptimizerFn, Recipe, SchedulerFn, SidekickTrainer
 from lightning_duo.cost import Cost
-from lightning_duo.evaluation import DuoMetrics, Predictions, measure
+from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
 from lightning_duo.figures import check_matplotlib, log_figures
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.sidekick import Sidekick, SidekickSource
+from lightning_duo.summary import print_summary
 from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
-from lightning_duo.threshold import Threshold, select_thresholds
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
 STATE_VERSION = 2
@@ -317,23 +318,10 @@ class DuoCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._summary and self.fit is not None and "val" in self.results:
-            self._print_summary()
-
-    @rank_zero_only
-    def _print_summary(self) -> None:
-        from rich.console import Console
-
-        from lightning_duo.summary import summary_table, threshold_sentence
-
-        assert self.fit is not None
-        shown = {model: self.results["val"][model] for model in LOGGED}
-        data = "the validation set (which fitted the temperatures)"
-        console = Console()
-        console.print(summary_table(shown, self.fit, data=data, balance=self.balance))
-        assert self.calibration is not None
-        if sentence := threshold_sentence(self.calibration):
-            console.print(sentence)
+        if self._summary and self.calibration is not None and "val" in self.results:
+            shown = {model: self.results["val"][model] for model in LOGGED}
+            data = "the validation set (which fitted the temperatures)"
+            rank_zero_only(print_summary)(shown, self.calibration, data=data, balance=self.balance)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -414,7 +402,11 @@ class DuoCallback(Callback):
             metrics.update(base, sidekick, targets)
             predictions = self._gathered(trainer, pl_module, metrics)
             if index == 0:
-                self.calibration = self._calibrated(fit, predictions["duo"])
+                asked = self._target_accuracy, self._delta
+                with warnings.catch_warnings():
+                    if not trainer.is_global_zero:  # one process says what all of them find
+                        warnings.simplefilter("ignore")
+                    self.calibration = choose_threshold(fit, predictions["duo"], *asked)
             self._log(trainer, pl_module, ("val", index), predictions)
         pl_module.log("duo/temperature_base", fit.temperatures.base)
         pl_module.log("duo/temperature_sidekick", fit.temperatures.sidekick)
@@ -422,20 +414,6 @@ class DuoCallback(Callback):
         if self.calibration.threshold is not None:
             pl_module.log("duo/threshold", self.calibration.threshold.value)
         self._collected.clear()
-
-    def _calibrated(self, fit: TemperatureFit, duo: Predictions) -> Calibration:
-        """The fit, with the threshold for the target accuracy if there is one."""
-        target, threshold = self._target_accuracy, None
-        if target is not None:
-            samples = duo.confidence, duo.correct
-            (threshold,) = select_thresholds(*samples, [target], delta=self._delta)
-            if not threshold.coverage:
-                rank_zero_warn(
-                    "DuoCallback: on the validation set no threshold reaches target_accuracy="
-                    f"{target}{'' if self._delta is None else f' with delta={self._delta}'}, so "
-                    "the duo accepts nothing"
-                )
-        return Calibration(fit, duo.num_classes, len(duo.targets), target, self._delta, threshold)
 
     def _gather(self, loaders: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Logits and targets of each loader in this process, which may have got no sample."""
@@ -510,7 +488,7 @@ class DuoCallback(Callback):
         stage, index = measured
         results = {form: measure(found) for form, found in predictions.items()}
         if self.calibration is not None and self.calibration.threshold is not None:
-            results["duo"] |= _accepted(predictions["duo"], self.calibration.threshold)
+            results["duo"] |= measure_accepted(predictions["duo"], self.calibration.threshold)
         suffix = f"/loader_{index}" if index else ""
         self.results[stage + suffix], self.predictions[stage + suffix] = results, predictions
         for model in LOGGED:
@@ -582,16 +560,6 @@ class DuoCallback(Callback):
                 "trainer.validate"
             )
         rank_zero_info(f"DuoCallback: sidekick {saved[0]!r} restored from the checkpoint")
-
-
-def _accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:
-    """Share of the samples that the threshold accepts, and their accuracy (NaN if none)."""
-    accepted = duo.confidence >= threshold.value
-    right = duo.correct[accepted].double()
-    return {
-        "coverage": float(accepted.double().mean()),
-        "selective_accuracy": float(right.mean()),
-    }
 
 
 def _sum_over_processes(

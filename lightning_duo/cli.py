@@ -149,26 +149,14 @@ def _cost(
 
 
 def _show(logits: "Logits", found: "Calibration", data: str, cost: "Cost | None") -> None:
-    from rich.console import Console
-
-    from lightning_duo.evaluation import evaluate, measure
-    from lightning_duo.summary import summary_table, threshold_sentence
+    from lightning_duo.evaluation import evaluate, measure, measure_accepted
+    from lightning_duo.summary import print_summary
 
     predictions = evaluate(*logits, found.fit)
     results = {form: measure(predicted) for form, predicted in predictions.items()}
-    console = Console(soft_wrap=False)
-    balance = None if cost is None else cost.balance
-    console.print(summary_table(results, found.fit, data=data, balance=balance))
-    if sentence := threshold_sentence(found):
-        console.print(sentence, highlight=False)
-    if found.threshold is not None and found.threshold.coverage:
-        accepted = predictions["duo"].confidence >= found.threshold.value
-        right = predictions["duo"].correct[accepted].double().mean()
-        console.print(
-            f"On {data}: {100 * accepted.double().mean():.1f} % accepted, {100 * right:.1f} % of "
-            "them right.",
-            highlight=False,
-        )
+    if found.threshold is not None:
+        results["duo"] |= measure_accepted(predictions["duo"], found.threshold)
+    print_summary(results, found, data=data, balance=None if cost is None else cost.balance)
 
 
 def _report(

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_duo import selective
 from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures, check_samples
+from lightning_duo.threshold import Threshold
 from lightning_duo_kernels import duo_head
 
 Score: TypeAlias = Literal["confidence", "entropy"]
@@ -89,6 +90,15 @@ def measure(predictions: Predictions) -> dict[str, float]:
             "sac98": selective.coverage_at_accuracy(score, correct, 0.98),
         }
     return {name: float(value) for name, value in values.items()}
+
+
+def measure_accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:
+    """``coverage`` and ``selective_accuracy`` (NaN if nothing is accepted) at a threshold."""
+    accepted = duo.confidence >= threshold.value
+    return {
+        "coverage": float(accepted.double().mean()),
+        "selective_accuracy": float(duo.correct[accepted].double().mean()),
+    }
 
 
 class DuoMetrics(Metric):

@@ -100,6 +100,36 @@ def threshold_sentence(calibration: Calibration) -> str:
     )
 
 
+def print_summary(
+    results: Mapping[str, Mapping[str, float]],
+    calibration: Calibration,
+    *,
+    data: str,
+    balance: float | None,
+) -> None:
+    """Print the table, and what the duo accepts.
+
+    Args:
+        results: Model -> metric -> value.
+        calibration: Temperatures and threshold of the duo.
+        data: What was measured, as in "the test set".
+        balance: FLOPs balance, or None if it is not known.
+    """
+    from rich.console import Console
+
+    console = Console()
+    console.print(summary_table(results, calibration.fit, data=data, balance=balance))
+    if sentence := threshold_sentence(calibration):
+        console.print(sentence, highlight=False)
+    duo = results["duo"]
+    if duo.get("coverage"):
+        console.print(
+            f"On {data} it accepts {100 * duo['coverage']:.1f} %, and "
+            f"{100 * duo['selective_accuracy']:.1f} % of them are right.",
+            highlight=False,
+        )
+
+
 def heading(metric: str) -> str:
     """Short name of a metric, with an arrow to the better side."""
     return f"{COLUMNS[metric].heading}{'↑' if HIGHER_IS_BETTER[metric] else '↓'}"

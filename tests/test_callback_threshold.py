@@ -91,7 +91,7 @@ def test_checkpoints_carry_the_threshold(tmp_path: Path) -> None:
 
 def test_an_unreachable_target_accepts_nothing_and_says_so(tmp_path: Path) -> None:
     duo = make_duo(target_accuracy=0.99, delta=0.01)
-    with pytest.warns(UserWarning, match="accepts nothing"):
+    with pytest.warns(UserWarning, match="nothing is accepted"):
         module, trainer = fitted(duo)
     assert duo.calibration.threshold.value == math.inf
     assert float(trainer.callback_metrics["duo/val_coverage"]) == 0

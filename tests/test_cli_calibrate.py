@@ -64,7 +64,7 @@ def test_calibrate_then_report(tmp_path: Path) -> None:
     duo = evaluate(*TEST, fit)["duo"]
     accepted = duo.confidence >= found.threshold.value
     right = 100 * float(duo.correct[accepted].double().mean())
-    assert f"{100 * float(accepted.double().mean()):.1f} % accepted, {right:.1f} %" in printed
+    assert f"{100 * float(accepted.double().mean()):.1f} %, and {right:.1f} %" in printed
     assert "also fitted the temperatures" not in Path("out/test.html").read_text()
 
 
