@@ -46,9 +46,9 @@ def read_batch(batch: Any) -> tuple[Any, Tensor]:
         inputs, targets, seen = None, None, _describe(batch)
     if inputs is None or not isinstance(targets, Tensor):
         raise ValueError(
-            f"DuoCallback cannot find inputs and targets in the batch: expected (inputs, targets) "
+            f"cannot find inputs and targets in the batch: expected (inputs, targets) "
             f"or a mapping with one of {INPUT_KEYS} and one of {TARGET_KEYS}, got {seen}; pass "
-            "DuoCallback(..., batch_fn=lambda batch: (inputs, targets))"
+            "batch_fn=lambda batch: (inputs, targets)"
         )
     return inputs, targets
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo import ranking
-from lightning_duo.evaluation import Predictions, measure
+from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
 from lightning_duo.selective import calibration_bins
 
 CHUNK_WEIGHTS = 1 << 22  # multiplicities held at a time
@@ -43,6 +43,7 @@ class Bootstrap:
         Returns:
             The estimate and its interval; NaN where a metric is undefined on every resample.
         """
+        self._check(metric, model)
         return _interval(self.estimates[model][metric], self.resampled[model][metric], level)
 
     def difference(self, model: str, other: str, metric: str, *, level: float = 0.95) -> Interval:
@@ -54,9 +55,18 @@ class Bootstrap:
             metric: A key of `evaluation.HIGHER_IS_BETTER`.
             level: Its coverage, in (0, 1).
         """
+        self._check(metric, model, other)
         value = self.estimates[model][metric] - self.estimates[other][metric]
         apart = self.resampled[model][metric] - self.resampled[other][metric]
         return _interval(value, apart, level)
+
+    def _check(self, metric: str, *models: str) -> None:
+        for model in models:
+            if model not in self.estimates or metric not in self.estimates[model]:
+                raise ValueError(
+                    f"there is no {metric!r} of {model!r}; models are {sorted(self.estimates)}, "
+                    f"metrics {sorted(HIGHER_IS_BETTER)}"
+                )
 
 
 def bootstrap(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperat
 from lightning_duo.threshold import Threshold, check_target, plain_float, select_threshold
 
 FORMAT = "lightning_duo/calibration/1"
+FEW = 100  # samples, below which temperatures and metrics are rough
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,32 @@ def calibrate(
     """
     check_request(target_accuracy, delta)
     logits = check_logits(Logits(base_logits, sidekick_logits, targets))
+    return calibrate_checked(logits, target_accuracy, delta)
+
+
+def calibrate_checked(
+    logits: Logits, target_accuracy: float | None, delta: float | None
+) -> Calibration:
+    """`calibrate` for logits that `check_logits` has seen."""
     fit = fit_temperatures(*logits)
+    samples = len(logits.targets)
+    if samples < FEW:
+        warnings.warn(
+            f"{samples} samples are few to fit and judge a duo on; use several hundred",
+            stacklevel=3,
+        )
+    if fit.status == "separable":
+        warnings.warn(
+            "the duo predicts these samples without error, so no finite temperatures are best and "
+            "confidences will be near 1; calibrate on more samples",
+            stacklevel=3,
+        )
+    elif fit.temperatures == (0, 0):
+        warnings.warn(
+            "both temperatures are 0: neither model tells anything about these targets; are rows "
+            "and classes in the same order?",
+            stacklevel=3,
+        )
     return choose_threshold(fit, evaluate(*logits, fit)["duo"], target_accuracy, delta)
 
 

@@ -176,7 +176,7 @@ class DuoCallback(Callback):
 
         Raises:
             MisconfigurationException: If nothing was measured yet.
-            ImportError: If matplotlib or jinja2 is missing.
+            ImportError: If matplotlib is missing.
         """
         from lightning_duo.report import write_report
 

@@ -56,17 +56,14 @@ def calibrate(
         input_size: Size of one sample for these two, such as 3x224x224.
         resamples: Resamples of the bootstrap that gives the intervals of the report.
     """
-    from lightning_duo.calibration import calibrate as fit
-    from lightning_duo.calibration import check_request
+    from lightning_duo.calibration import calibrate_checked, check_request
     from lightning_duo.logits import read_logits
 
     check_request(target_accuracy, delta)
-    _check_outputs({"--output": (output, ".json"), "--report": (report, ".html")})
+    _check_outputs({"--output": (output, ".json"), "--report": (report, ".html")}, resamples)
     logits = read_logits(base, sidekick, targets)
     cost = _cost(base_model, sidekick_model, input_size, logits.base.shape[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the files were read, and below
-        found = fit(*logits, target_accuracy=target_accuracy, delta=delta)
+    found = calibrate_checked(logits, target_accuracy, delta)
     _show(logits, found, f"the {len(logits.targets)} samples of {targets}", cost)
     print(f"wrote {found.save(output)}")
     if report is not None:
@@ -105,7 +102,7 @@ def report(
     from lightning_duo.calibration import Calibration
     from lightning_duo.logits import read_logits
 
-    _check_outputs({"--output": (output, ".html")})
+    _check_outputs({"--output": (output, ".html")}, resamples)
     found = Calibration.load(temperatures)
     logits = read_logits(base, sidekick, targets)
     classes = logits.base.shape[1]
@@ -115,15 +112,30 @@ def report(
             "calibrate on logits of the same models"
         )
     cost = _cost(base_model, sidekick_model, input_size, classes)
-    _show(logits, found, f"the {len(logits.targets)} samples of {targets}", cost)
-    _report(output, logits, found, targets, held_out=True, cost=cost, resamples=resamples)
+    nll = _show(logits, found, f"the {len(logits.targets)} samples of {targets}", cost)
+    same = len(logits.targets) == found.samples and abs(nll - found.fit.nll) < 1e-9
+    if same:
+        warnings.warn(
+            f"these are the samples that {temperatures} was fitted on; judge a duo on others",
+            stacklevel=2,
+        )
+    _report(output, logits, found, targets, held_out=not same, cost=cost, resamples=resamples)
 
 
-def _check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
+def _check_outputs(outputs: dict[str, tuple[str | None, str]], resamples: int) -> None:
     """What is to be written is checked before anything is read and computed."""
+    from lightning_duo.figures import check_matplotlib
+
+    if resamples < 2:
+        raise ValueError(f"--resamples is a number of at least 2, got {resamples}")
     for option, (path, suffix) in outputs.items():
-        if path is not None and Path(path).suffix != suffix:
+        if path is None:
+            continue
+        if Path(path).suffix != suffix:
             raise ValueError(f"{option} is named *{suffix}, got {path}")
+        if suffix == ".html":
+            check_matplotlib()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _cost(
@@ -145,10 +157,16 @@ def _cost(
         _call(part, spec) if ":" in spec else build_sidekick(spec, classes, pretrained=False)
         for part, spec in (("base_model", base), ("sidekick_model", sidekick))
     )
-    return measure_cost(first, second, torch.zeros(1, *_sizes(input_size)))
+    try:
+        return measure_cost(first, second, torch.zeros(1, *_sizes(input_size)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{base} and {sidekick} cannot run a sample of --input_size {input_size}: {error}"
+        ) from error
 
 
-def _show(logits: "Logits", found: "Calibration", data: str, cost: "Cost | None") -> None:
+def _show(logits: "Logits", found: "Calibration", data: str, cost: "Cost | None") -> float:
+    """Print what the duo reaches; returns its NLL."""
     from lightning_duo.evaluation import evaluate, measure, measure_accepted
     from lightning_duo.summary import print_summary
 
@@ -157,6 +175,7 @@ def _show(logits: "Logits", found: "Calibration", data: str, cost: "Cost | None"
     if found.threshold is not None:
         results["duo"] |= measure_accepted(predictions["duo"], found.threshold)
     print_summary(results, found, data=data, balance=None if cost is None else cost.balance)
+    return results["duo"]["nll"]
 
 
 def _report(

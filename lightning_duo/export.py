@@ -47,7 +47,7 @@ def export_duo(
     - ``onnx``: ``session = onnxruntime.InferenceSession(path)``; outputs have their names, and the
       input is ``x`` where it is one tensor;
       ``session.get_modelmeta().custom_metadata_map["lightning_duo"]``. Making it needs
-      ``pip install "lightning-duo[export]"``. Weights of 2 GB and more lie in a second file beside
+      ``pip install onnx onnxscript``. Weights of 2 GB and more lie in a second file beside
       it.
 
     Args:
@@ -251,9 +251,7 @@ def _check(module: DuoModule, path: Path, format: str) -> None:
     if format != "onnx":
         return
     if find_spec("onnxscript") is None:
-        raise ImportError(
-            "export to ONNX needs onnx and onnxscript: pip install 'lightning-duo[export]'"
-        )
+        raise ImportError("export to ONNX needs onnx and onnxscript: pip install onnx onnxscript")
     if any(x.dtype == torch.bfloat16 for x in module.state_dict().values()):
         raise ValueError(
             "ONNX Runtime does not run bfloat16 models; export duo.float() or duo.half()"

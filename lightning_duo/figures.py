@@ -32,9 +32,9 @@ COLORS = {
 }
 NAMES = {
     "base": "base",
-    "base_scaled": "base, scaled",
+    "base_scaled": "scaled base",
     "sidekick": "sidekick",
-    "sidekick_scaled": "sidekick, scaled",
+    "sidekick_scaled": "scaled sidekick",
     "unweighted": "unweighted",
     "uq_only": "UQ only",
     "duo": "duo",
@@ -220,7 +220,7 @@ def log_figures(
 def check_matplotlib() -> None:
     """Raise ImportError, which names the remedy, if matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise ImportError("figures need matplotlib: pip install 'lightning-duo[report]'")
+        raise ImportError("figures and reports need matplotlib: pip install matplotlib")
 
 
 def _picture(figure: "Figure") -> Any:

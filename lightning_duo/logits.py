@@ -3,18 +3,16 @@
 import math
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_duo.arrays import read_array
 from lightning_duo.batch import BatchFn, check_targets, evaluating, read_batch
 from lightning_duo.module import DuoModule
 
-FORMATS = ".npy, .npz, .safetensors or .csv"
 SURE = 5.0  # standard deviations above chance from which a model knows the targets
 CHANCE = 3.0  # ... and up to which it may as well not
 
@@ -97,7 +95,7 @@ def read_logits(base: str, sidekick: str, targets: str) -> Logits:
         FileNotFoundError: If a file does not exist.
         ValueError: If a file cannot be read, or holds something else; says which and where.
     """
-    arrays = [_read(name) for name in (base, sidekick, targets)]
+    arrays = [read_array(name) for name in (base, sidekick, targets)]
     names = Logits(base, sidekick, targets)  # type: ignore[arg-type]
     return check_logits(Logits(*arrays), names)
 
@@ -119,6 +117,11 @@ def check_logits(logits: Logits, names: Logits = NAMES) -> Logits:
         UserWarning: If rows look like probabilities, or agree with the targets no better than in a
             random order.
     """
+    for name, values in zip(names, logits, strict=True):
+        if not isinstance(values, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor (torch.as_tensor), got {type(values).__name__}"
+            )
     for name, values in zip(names[:2], logits[:2], strict=True):
         _check_rows(str(name), values)
     base, sidekick, targets = logits
@@ -138,7 +141,7 @@ def _check_rows(name: str, values: Tensor) -> None:
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
         raise ValueError(
             f"{name} must hold logits of shape (N, K), at least one sample and two classes; got "
-            f"shape {tuple(values.shape)}"
+            f"shape {tuple(values.shape)} (for one sigmoid logit z use the columns 0 and z)"
         )
     if not values.is_floating_point():
         raise ValueError(f"{name} must hold floating-point logits, got {values.dtype}")
@@ -163,6 +166,7 @@ def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -
         raise ValueError(
             f"{name} holds {len(targets)} targets, {names.base} {samples} rows; they must be of "
             "the same samples"
+            + (" (is a first line a header?)" if abs(len(targets) - samples) == 1 else "")
         )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         broken = (targets != targets.double().round()) if targets.is_floating_point() else None
@@ -186,16 +190,24 @@ def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -
 def _warn_of_probabilities(logits: Logits, names: Logits) -> None:
     for name, values in zip(names[:2], logits[:2], strict=True):
         sums = values.double().sum(1)
-        if bool((values >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+        whole = 100.0 if float(sums[0]) > 10 else 1.0  # percent; rounding is allowed for
+        if bool((values >= 0).all()) and bool(((sums / whole - 1).abs() < 0.05).all()):
             warnings.warn(
-                f"{name} seems to hold probabilities (rows of numbers >= 0 that sum to 1) where "
-                "logits belong; use the outputs before softmax, or their logarithms",
+                f"{name} seems to hold probabilities (rows of numbers >= 0 that sum to {whole:g}) "
+                "where logits belong; use the outputs before softmax, or their logarithms",
                 stacklevel=4,
             )
 
 
 def _warn_of_order(logits: Logits, names: Logits) -> None:
     """Rows in another order than the targets agree with them as independent ones would."""
+    if bool((logits.targets == logits.targets[0]).all()):
+        warnings.warn(
+            f"{names.targets} holds one class only ({int(logits.targets[0])}), so there is nothing "
+            "to learn from it",
+            stacklevel=4,
+        )
+        return
     above = [_above_chance(values, logits.targets) for values in logits[:2]]
     for name, other, mine, its in zip(names[:2], names[1::-1], above, above[::-1], strict=True):
         if mine is not None and its is not None and mine < CHANCE and its > SURE:
@@ -226,69 +238,3 @@ def _above_chance(values: Tensor, targets: Tensor) -> float | None:
 def _first(bad: Tensor) -> list[int]:
     found: list[int] = bad.nonzero().flatten()[:5].tolist()
     return found
-
-
-def _read(name: str) -> Tensor:
-    path, key = _split(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    readers = {
-        ".npy": lambda: np.load(path, allow_pickle=False),
-        ".npz": lambda: _one_of(dict(np.load(path, allow_pickle=False)), key, path),
-        ".safetensors": lambda: _one_of(_load_safetensors(path), key, path),
-        ".csv": lambda: _load_csv(path),
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"{path} must be a file of kind {FORMATS}")
-    if key is not None and path.suffix in (".npy", ".csv"):
-        raise ValueError(f"{name}: {path} holds one array, leave out ':{key}'")
-    try:
-        return torch.as_tensor(readers[path.suffix]())
-    except KeyError as error:
-        raise ValueError(error.args[0]) from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
-
-
-def _split(name: str) -> tuple[Path, str | None]:
-    """``test.npz:base`` names an array in a file; a path may hold a colon of its own."""
-    if ":" in name and not Path(name).exists():
-        path, key = name.rsplit(":", 1)
-        if Path(path).suffix:
-            return Path(path), key
-    return Path(name), None
-
-
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(path))
-
-
-def _load_csv(path: Path) -> Any:
-    with path.open(encoding="utf-8-sig") as lines:
-        first = lines.readline()
-    header = 0 if _is_number(first.split(",")[0]) else 1
-    try:
-        return np.loadtxt(path, delimiter=",", skiprows=header, encoding="utf-8-sig", ndmin=1)
-    except ValueError as error:
-        raise ValueError(f"{error} (lines of numbers with commas between are expected)") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _one_of(arrays: dict[str, Any], key: str | None, path: Path) -> Any:
-    if key is None and len(arrays) == 1:
-        return next(iter(arrays.values()))
-    if key not in arrays:
-        raise KeyError(
-            f"{path} holds the arrays {sorted(arrays)}; name one of them, as in "
-            f"{path}:{min(arrays, default='logits')}"
-        )
-    return arrays[key]

@@ -43,10 +43,12 @@ class _SelectiveMetric(Metric):
     @override
     def update(self, confidence: Tensor, correct: Tensor) -> None:
         """Add a batch: scores (B,), higher is surer, and whether each prediction is right (B,)."""
-        if confidence.shape != correct.shape or confidence.ndim != 1:
+        shapes = [tuple(getattr(x, "shape", ())) for x in (confidence, correct)]
+        if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
             raise ValueError(
                 f"{type(self).__name__} expects confidence and correct of one shape (B,), got "
-                f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
+                f"{shapes[0]} and {shapes[1]}; of probabilities take "
+                "confidence, prediction = probs.max(1) and correct = prediction == targets"
             )
         if len(confidence):
             check_samples(confidence, correct)

@@ -147,12 +147,18 @@ def wrong_share(counts: Counts, right_share: Fraction) -> Tensor:
 def fraction(number: float, name: str) -> Fraction:
     """The fraction a decimal was meant as, so that counts can be compared exactly."""
     if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be a fraction in [0, 1], got {number}")
+        hint = f"; did you mean {number / 100:g}?" if 1 < number <= 100 else ""
+        raise ValueError(f"{name} must be a fraction in [0, 1], got {number}{hint}")
     return Fraction(str(float(number))).limit_denominator(10**9)
 
 
 def check_samples(confidence: Tensor, correct: Tensor) -> Tensor:
     """Whether each prediction is right, as bool (N,), or a ValueError that says what is wrong."""
+    if not (isinstance(confidence, Tensor) and isinstance(correct, Tensor)):
+        raise ValueError(
+            f"expected tensors (torch.from_numpy), got {type(confidence).__name__} and "
+            f"{type(correct).__name__}"
+        )
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(
             "expected confidence and correct of one shape (N,) with N >= 1, got "

@@ -67,7 +67,7 @@ def write_report(
         The path.
 
     Raises:
-        ImportError: If matplotlib or jinja2 is missing.
+        ImportError: If matplotlib is missing.
         ValueError: If the path is not named ``*.html``.
 
     Source: Asymmetric Duos, Sec. 5.
@@ -76,12 +76,8 @@ def write_report(
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"a report is named *.html, got {path}")
     check_matplotlib()
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError(
-            "reports need jinja2 and matplotlib: pip install 'lightning-duo[report]'"
-        ) from error
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -100,13 +96,16 @@ def write_report(
         lead=_lead(found),
         fit=calibration.fit,
         threshold_sentence=threshold_sentence(calibration),
+        accepted=_accepted(shown["duo"], calibration.threshold),
         cost=cost,
+        metric=_metric,
         figures=_figures(shown),
         control=_control(shown, calibration),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
+    # A number and its unit stay on one line.
+    partial.write_text(page.replace(" %", "\u00a0%"), encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -138,18 +137,42 @@ def _rows(found: Bootstrap) -> list[dict[str, Any]]:
 
 def _signed(change: Interval, column: Column) -> list[str]:
     texts = [column.text(value) for value in change]
-    return [f"+{t}" if v > 0 else t for t, v in zip(texts, change, strict=True)]
+    return [t if t[0] in "-n" or float(t) == 0 else f"+{t}" for t in texts]
+
+
+def _metric(number: int) -> str:
+    """A count in three digits with its unit prefix, as in 1.35 G."""
+    for size, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{prefix}"
+    return str(number)
 
 
 def _lead(found: Bootstrap) -> dict[str, tuple[str, str]]:
-    """Metric -> what duo and scaled base reach, for the first paragraph."""
+    """Metric -> what the duo and another model reach, for the first paragraph."""
     return {
         metric: (
             COLUMNS[metric].text(found.estimates["duo"][metric]),
-            COLUMNS[metric].text(found.estimates[REFERENCE][metric]),
+            COLUMNS[metric].text(found.estimates[other][metric]),
         )
-        for metric in ("accuracy", "aurc", "sac98", "ece")
+        for metric, other in (("accuracy", "base"), ("aurc", REFERENCE), ("sac98", REFERENCE))
     }
+
+
+def _accepted(duo: Predictions, threshold: Threshold | None) -> dict[str, str] | None:
+    """What the threshold accepts of these samples, and how much of it is right."""
+    if threshold is None or not threshold.coverage:
+        return None
+    from scipy.stats import binomtest
+
+    accepted = duo.confidence >= threshold.value
+    count, right = int(accepted.sum()), int(duo.correct[accepted].sum())
+    parts = {"value": f"{threshold.value:.6f}", "coverage": f"{100 * count / len(accepted):.1f}"}
+    if count:
+        low, high = binomtest(right, count).proportion_ci(0.95)
+        names = {"accuracy": right / count, "low": low, "high": high}
+        parts |= {name: f"{100 * share:.1f}" for name, share in names.items()}
+    return parts
 
 
 def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -> dict[str, Any]:
@@ -159,16 +182,19 @@ def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -
     lowest = min(float(model.correct.double().mean()) for model in (duo, reference)) - 0.05
     step = 1 if lowest >= 0.7 else 5
     targets = [i / 1000 for i in range(max(step, int(200 * lowest) * 5), 1001, step)]
+    wanted = calibration.target_accuracy or 0.95
+    if calibration.target_accuracy is not None:
+        targets = sorted({*targets, wanted})
     delta = calibration.delta or DELTA
     found = {}
     for name, model in (("", duo), ("base_", reference)):
         samples = model.confidence, model.correct
         found[f"{name}measured"] = select_thresholds(*samples, targets)
+        sure = [target for target in targets if target < 1]  # nothing guarantees 1
         found[f"{name}guaranteed"] = [
-            *select_thresholds(*samples, targets[:-1], delta=delta),
-            NOTHING,  # no number of samples guarantees an accuracy of 1
+            *select_thresholds(*samples, sure, delta=delta),
+            NOTHING,
         ]
-    wanted = calibration.target_accuracy or 0.95
     start = min(range(len(targets)), key=lambda i: abs(targets[i] - wanted))
     table = {name: [_plain(threshold) for threshold in values] for name, values in found.items()}
     choices = {"targets": targets, **table, "line": CHOSEN}
@@ -179,7 +205,7 @@ def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -
         "start": start,
         "target": targets[start],
         "lowest": targets[0],
-        "step": step / 10,
+        "kind": "measured" if calibration.delta is None else "guaranteed",
         "delta": delta,
         "milestones": [
             {"target": t, **{name: values[targets.index(t)] for name, values in table.items()}}
@@ -226,7 +252,8 @@ def _risk_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
         "title": "Risk and coverage",
         "caption": (
             "Error rate among the answers that are kept when the least sure are deferred. Lower is "
-            "better; at the right end everything is answered."
+            "better; at the right end everything is answered. The dashed vertical line is at the "
+            "coverage chosen above."
         ),
         "alt": f"Curves of risk against coverage. When half is answered: {middle} wrong.",
         "headings": ["coverage", *(NAMES[name] for name in SHOWN), "duo, of all samples"],
@@ -240,6 +267,8 @@ def _reliability_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]
     found = {n: reliability(p.confidence, p.correct) for n, p in columns.items()}
     for index in range(len(found["duo"][0])):
         row = [f"{100 * index / 15:.0f} to {100 * (index + 1) / 15:.0f} %"]
+        if not any(count[index] > 0 for count, _, _ in found.values()):
+            continue
         for count, mean, accuracy in found.values():
             filled = count[index] > 0
             row.append(f"{int(count[index])}")
@@ -281,8 +310,9 @@ def _confidence_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
     return {
         "title": "Confidence of right and wrong predictions",
         "caption": (
-            "Each histogram is in percent of its own predictions. The further the wrong ones lie "
-            "to the left of the right ones, the better a threshold tells them apart."
+            "Each histogram is in percent of its own predictions, on a logarithmic scale. The "
+            "further the wrong ones lie to the left of the right ones, the better a threshold "
+            "tells them apart."
         ),
         "alt": (
             "Histograms of confidence. Median of the duo's right predictions: "

@@ -23,7 +23,8 @@ class Column(NamedTuple):
 
     def text(self, value: float) -> str:
         """The number as it is printed, without its unit."""
-        return "n/a" if math.isnan(value) else f"{self.factor * value:.{self.decimals}f}"
+        text = f"{self.factor * value:.{self.decimals}f}"
+        return "n/a" if math.isnan(value) else text.lstrip("-") if float(text) == 0 else text
 
 
 COLUMNS = {
@@ -91,11 +92,11 @@ def threshold_sentence(calibration: Calibration) -> str:
     chosen, target, delta = calibration.threshold, calibration.target_accuracy, calibration.delta
     if chosen is None or target is None:
         return ""
-    sure = "" if delta is None else f" with probability {1 - delta:g} on new data"
+    sure = "" if delta is None else f" with probability {100 * (1 - delta):g} % on new data"
     if not chosen.coverage:
         return f"No threshold reaches {100 * target:g} % accuracy{sure}: the duo accepts nothing."
     return (
-        f"Accepted from confidence {chosen.value:.4g} on: {100 * chosen.coverage:.1f} % of the "
+        f"Accepted from confidence {chosen.value:.6f} on: {100 * chosen.coverage:.1f} % of the "
         f"{calibration.samples} calibration samples, to be {100 * target:g} % right{sure}."
     )
 

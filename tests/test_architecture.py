@@ -20,6 +20,7 @@ ORDER = [
     "batch",
     "module",
     "export",
+    "arrays",
     "logits",
     "calibration",
     "sidekick",

@@ -89,3 +89,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=r"other\.json is no temperatures file"):
             Calibration.load(tmp_path / "other.json")
+
+
+def test_what_cannot_work_well_is_warned_of() -> None:
+    perfect = torch.eye(5)[TARGETS]
+    with pytest.warns(UserWarning, match="without error, so no finite temperatures are best"):
+        calibrate(perfect, perfect, TARGETS)
+    with pytest.warns(UserWarning, match="50 samples are few"):
+        calibrate(BASE[:50], SIDEKICK[:50], TARGETS[:50])
+    with pytest.warns(UserWarning, match="neither model tells anything"):
+        calibrate(-BASE, -SIDEKICK, TARGETS)
+    with pytest.raises(ValueError, match="base_logits must be a tensor"):
+        calibrate(BASE.numpy(), SIDEKICK.numpy(), TARGETS.numpy())

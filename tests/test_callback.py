@@ -336,7 +336,7 @@ def test_the_summary_says_what_was_gained(capsys: pytest.CaptureFixture) -> None
     duo = make_duo(summary=True)
     make_trainer(duo).fit(Classifier(), loader(TRAIN), loader(VAL))
     shown = " ".join(capsys.readouterr().out.split())
-    for word in ("base, scaled", "sidekick", "duo", "AURC", "validation set", "FLOPs: 50.0 %"):
+    for word in ("scaled base", "sidekick", "duo", "AURC", "validation set", "FLOPs: 50.0 %"):
         assert word in shown
     assert f"{duo.results['val']['duo']['nll']:.3f}" in shown
 

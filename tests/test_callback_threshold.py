@@ -193,6 +193,7 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert "also fitted the temperatures" in page
     trainer.test(module, loader(TEST), verbose=False)
     page = duo.write_report(tmp_path / "test.html", resamples=20).read_text()
+    page = page.replace("\u00a0", " ")
     assert "Asymmetric duo on the test set" in page
     assert "also fitted the temperatures" not in page
     assert f"{100 * duo.balance:.1f} % to the base" in page

@@ -65,7 +65,15 @@ def test_calibrate_then_report(tmp_path: Path) -> None:
     accepted = duo.confidence >= found.threshold.value
     right = 100 * float(duo.correct[accepted].double().mean())
     assert f"{100 * float(accepted.double().mean()):.1f} %, and {right:.1f} %" in printed
-    assert "also fitted the temperatures" not in Path("out/test.html").read_text()
+    page = Path("out/test.html").read_text().replace("\u00a0", " ")
+    assert "also fitted the temperatures" not in page
+    assert f"of which {right:.1f} % are right (95 % interval" in page
+
+    done = lightning_duo(
+        *("report", *VAL_FILES, "--temperatures", "temperatures.json", "--resamples", "50")
+    )
+    assert "these are the samples that temperatures.json was fitted on" in done.stderr
+    assert "also fitted the temperatures" in Path("report.html").read_text()
 
 
 def test_only_the_temperatures_are_written_by_default(tmp_path: Path) -> None:
@@ -101,6 +109,7 @@ def test_warnings_are_lines_for_a_user(tmp_path: Path) -> None:
         ("calibrate", {"--report": "r.pdf"}, "--report is named *.html, got r.pdf"),
         ("calibrate", {"--delta": "0.1"}, "delta belongs to a target_accuracy"),
         ("calibrate", {"--target_accuracy": "95"}, "accuracy must be a fraction in [0, 1]"),
+        ("calibrate", {"--resamples": "0"}, "--resamples is a number of at least 2, got 0"),
         ("calibrate", {"--base_model": "resnet18"}, "the cost needs all of --base_model"),
         ("report", {"--temperatures": "none.json"}, "there is no file none.json"),
         ("report", {"--temperatures": "my_models.py"}, "my_models.py is no temperatures file"),

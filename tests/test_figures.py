@@ -73,7 +73,7 @@ def test_one_sample_and_models_that_are_all_right_or_all_wrong(
 
 def test_matplotlib_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-duo\[report\]'"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         figures.risk_coverage_figure(predictions())
 
 

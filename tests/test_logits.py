@@ -54,6 +54,24 @@ def test_arrays_by_name_headers_and_half_precision(tmp_path: Path) -> None:
         assert torch.equal(found.targets, TARGETS)
 
 
+def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
+    base, targets = tmp_path / "base.csv", write(tmp_path, ".npy", "targets", TARGETS)
+    rows = "".join(",".join(map(str, row)) + "\n" for row in BASE.tolist())
+    base.write_text("0,1,2,3,4\n" + rows)
+    with pytest.warns(UserWarning, match=r"base\.csv numbers the columns .* taken for a header"):
+        found = read_logits(str(base), str(base), targets)
+    torch.testing.assert_close(found.base.float(), BASE)
+    numbered = "".join(f"{i},{line}\n" for i, line in enumerate(rows.splitlines()))
+    for header in ("", ",a,b,c,d,e\n", "id,a,b,c,d,e\n"):
+        base.write_text(header + numbered)
+        with pytest.raises(ValueError, match=r"base\.csv .* first column counts the rows"):
+            read_logits(str(base), str(base), targets)
+    (tmp_path / "t.csv").write_text("0\n" + "".join(f"{t}\n" for t in TARGETS.tolist()))
+    base.write_text("a,b,c,d,e\n" + rows)
+    with pytest.raises(ValueError, match=r"201 targets.*is a first line a header"):
+        read_logits(str(base), str(base), str(tmp_path / "t.csv"))
+
+
 @pytest.mark.filterwarnings("ignore:.*input contained no data")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
@@ -64,11 +82,13 @@ def test_arrays_by_name_headers_and_half_precision(tmp_path: Path) -> None:
         ("broken.npz", b"PK", "broken.npz cannot be read as .npz"),
         ("broken.safetensors", b"123", "broken.safetensors cannot be read as .safetensors"),
         ("words.csv", b"0,1\n0,one\n", "words.csv cannot be read as .csv: .*one"),
-        ("ragged.csv", b"0,1\n0\n", "ragged.csv cannot be read as .csv"),
+        ("ragged.csv", b"0.5,1\n0\n", "ragged.csv cannot be read as .csv"),
         ("empty.csv", b"", "empty.csv"),
         ("base.pt", b"", "base.pt must be a file of kind .npy, .npz, .safetensors or .csv"),
         ("two.npz", "two", r"two.npz holds the arrays \['a', 'b'\]; name one of them, as in"),
         ("two.npz:c", "two", r"two.npz holds the arrays \['a', 'b'\]"),
+        ("text.npz", "text", "text.npz cannot be read as .npz: numbers are expected, it holds <U3"),
+        ("folder.npy", "folder", "folder.npy is a folder"),
         ("one.npy:a", "one", "holds one array, leave out ':a'"),
     ],
 )
@@ -80,6 +100,10 @@ def test_unreadable_files_are_named(
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     elif content == "two":
         np.savez(path, a=np.zeros(2), b=np.zeros(2))
+    elif content == "text":
+        np.savez(path, a=np.array(["cat", "dog"]))
+    elif content == "folder":
+        path.mkdir()
     elif content == "one":
         np.save(path, BASE.numpy())
     elif content is not None:
@@ -120,6 +144,12 @@ def test_what_does_not_fit_is_named(logits: tuple[Tensor, ...], message: str) ->
         check_logits(Logits(*logits), NAMES)
 
 
+def test_big_endian_numbers_are_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "b.npy", BASE.numpy().astype(">f4"))
+    names = [str(tmp_path / "b.npy")] * 2 + [write(tmp_path, ".npy", "targets", TARGETS)]
+    assert torch.equal(read_logits(*names).base, BASE)
+
+
 def test_columns_and_whole_floats_are_targets_too() -> None:
     for targets in (TARGETS[:, None], TARGETS.double(), TARGETS.int()):
         assert torch.equal(check_logits(Logits(BASE, SIDEKICK, targets)).targets, TARGETS)
@@ -133,6 +163,8 @@ ORDER = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     [
         ((BASE.softmax(1), SIDEKICK, TARGETS), "b.npy seems to hold probabilities"),
         ((BASE, SIDEKICK.softmax(1), TARGETS), "s.npy seems to hold probabilities"),
+        (((100 * BASE.softmax(1)).round(), SIDEKICK, TARGETS), "b.npy seems .* sum to 100"),
+        ((BASE, SIDEKICK, TARGETS * 0 + 2), r"t.npy holds one class only \(2\)"),
         ((BASE, SIDEKICK[ORDER], TARGETS), "s.npy predicts the targets no better than chance"),
         ((BASE[ORDER], SIDEKICK, TARGETS), "b.npy predicts the targets no better than chance"),
         ((BASE, SIDEKICK, TARGETS[ORDER]), "neither b.npy nor s.npy predicts t.npy"),

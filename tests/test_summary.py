@@ -41,6 +41,6 @@ def test_the_sentence_on_the_threshold() -> None:
     assert threshold_sentence(calibrate(*LOGITS)) == ""
     found = calibrate(*LOGITS, target_accuracy=0.9, delta=0.1)
     sentence = threshold_sentence(found)
-    assert f"{found.threshold.value:.4g}" in sentence
+    assert f"{found.threshold.value:.6f}" in sentence
     assert f"{100 * found.threshold.coverage:.1f} % of the 200" in sentence
-    assert "with probability 0.9 on new data" in sentence
+    assert "with probability 90 % on new data" in sentence
