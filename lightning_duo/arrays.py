@@ -68,10 +68,11 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 def _load_csv(path: Path) -> Any:
     with path.open(encoding="utf-8-sig") as lines:
         cells = [cell.strip(' "\t\n') for cell in lines.readline().split(",")]
-    counted = [[str(i + start) for i in range(len(cells))] for start in (0, 1)]
-    # pandas numbers the columns of an array without names.
-    header = not _is_number(cells[-1]) or (len(cells) > 1 and cells in counted)
-    if header and _is_number(cells[-1]):
+    # pandas numbers the columns of an array without names, and has no name for an index.
+    names = cells[1:] if cells[0] == "" else cells
+    counted = len(names) > 1 and names in [[str(i + n) for i in range(len(names))] for n in (0, 1)]
+    header = counted or any(cell and not _is_number(cell) for cell in cells)
+    if counted:
         warnings.warn(
             f"the first line of {path} numbers the columns and is taken for a header", stacklevel=2
         )

@@ -147,13 +147,13 @@ def calibrate(
     """
     check_request(target_accuracy, delta)
     logits = check_logits(Logits(base_logits, sidekick_logits, targets))
-    return calibrate_checked(logits, target_accuracy, delta)
+    return calibrate_checked(logits, target_accuracy, delta)[0]
 
 
 def calibrate_checked(
     logits: Logits, target_accuracy: float | None, delta: float | None
-) -> Calibration:
-    """`calibrate` for logits that `check_logits` has seen."""
+) -> tuple[Calibration, dict[str, Predictions]]:
+    """`calibrate` for logits that `check_logits` has seen; also what all forms say of them."""
     fit = fit_temperatures(*logits)
     samples = len(logits.targets)
     if samples < FEW:
@@ -173,7 +173,8 @@ def calibrate_checked(
             "and classes in the same order?",
             stacklevel=3,
         )
-    return choose_threshold(fit, evaluate(*logits, fit)["duo"], target_accuracy, delta)
+    predictions = evaluate(*logits, fit)
+    return choose_threshold(fit, predictions["duo"], target_accuracy, delta), predictions
 
 
 def choose_threshold(

@@ -165,14 +165,17 @@ class DuoCallback(Callback):
         return self._pair.duo(self._module, self.calibration)
 
     def write_report(
-        self, path: str | Path, *, stage: str | None = None, resamples: int = 1000
+        self, path: str | Path, *, stage: str | None = None, resamples: int | None = None
     ) -> Path:
         """Write a report on the last test, or validation, as one HTML file.
 
         Args:
             path: The file to write, ``*.html``.
             stage: A key of `results`; by default "test" after a test, else "val".
-            resamples: Of the bootstrap that gives the intervals.
+            resamples: Of the bootstrap that gives the intervals; see `report.write_report`.
+
+        Returns:
+            The path. With several processes the first one writes.
 
         Raises:
             MisconfigurationException: If nothing was measured yet.
@@ -186,6 +189,8 @@ class DuoCallback(Callback):
                 f"there is nothing to report on {stage!r} yet: run trainer.fit with validation "
                 f"data, trainer.validate or trainer.test; known: {sorted(self.predictions)}"
             )
+        if not self._module.trainer.is_global_zero:
+            return Path(path)
         name = {"val": "the validation set", "test": "the test set"}.get(stage, stage)
         return write_report(
             path,
@@ -205,10 +210,10 @@ class DuoCallback(Callback):
             # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
             # otherwise, which is read after this. For another base it is another sidekick.
             self._training = self._training_state = None
+            self.predictions = {}  # of models that are about to change
             if self._module is not None and self._module is not pl_module:
                 self._sidekick.forget()
-                self.calibration, self.fitted_at_step = None, -1
-                self.results, self.predictions = {}, {}
+                self.calibration, self.fitted_at_step, self.results = None, -1, {}
         self._module, self._restored = pl_module, False
         if any(
             isinstance(callback, ModelCheckpoint) and callback.save_weights_only
@@ -390,6 +395,7 @@ class DuoCallback(Callback):
                 "is random and the duo is little more than the temperature-scaled base"
             )
         samples = self._gather(loaders=len(trainer.num_val_batches))
+        self.predictions = {}  # whatever was tested had other temperatures
         fit = fit_temperatures(*samples[0], reduce=_sum_over_processes(trainer, pl_module))
         self.fitted_at_step = trainer.global_step
         if fit.status == "separable":
@@ -527,7 +533,8 @@ class DuoCallback(Callback):
         if state_dict["version"] != STATE_VERSION:
             raise ValueError(
                 f"the checkpoint holds duo state of version {state_dict['version']}; this "
-                f"lightning_duo reads version {STATE_VERSION}"
+                f"lightning_duo reads version {STATE_VERSION}; load it with the version that wrote "
+                "it, or without DuoCallback"
             )
         saved = (state_dict["name"], state_dict["num_classes"])
         mine = (self._sidekick.name, self._sidekick.num_classes or saved[1])
@@ -543,6 +550,7 @@ class DuoCallback(Callback):
         self._training_state = state_dict["training"]
         calibration = state_dict["calibration"]
         self.calibration = calibration and Calibration.from_state_dict(calibration)
+        self.predictions = {}
         self.fitted_at_step = state_dict["fitted_at_step"]
         self._training, self._restored = None, True
         if self.calibration is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,8 +193,9 @@ def log_figures(
     """Send every figure to the loggers that take figures; others are passed over.
 
     Args:
-        loggers: Lightning loggers: those with ``log_image(key, images)``, such as W&B's, and those
-            whose ``experiment`` has ``add_figure(tag, figure, step)``, as TensorBoard's.
+        loggers: Lightning loggers: those with ``log_image(key, images, step)``, such as W&B's, and
+            those which, or whose ``experiment``, has ``add_figure(tag, figure, global_step)``, as
+            TensorBoard's.
         models: Form -> predictions.
         name: Of a figure, with ``{figure}`` for its kind.
         step: The Trainer's global step.
@@ -203,17 +205,20 @@ def log_figures(
     """
     takers = 0
     for logger in loggers:
-        adds = hasattr(getattr(logger, "experiment", None), "add_figure")
-        if not adds and not hasattr(logger, "log_image"):
+        adder = logger if hasattr(logger, "add_figure") else getattr(logger, "experiment", None)
+        add_figure = getattr(adder, "add_figure", None)
+        if add_figure is None and not hasattr(logger, "log_image"):
             continue
         takers += 1
         for kind, draw in FIGURES.items():
             tag = name.format(figure=kind)
             figure = draw(models, title=tag)
-            if adds:
-                logger.experiment.add_figure(tag, figure, global_step=step)
+            if add_figure is not None:
+                add_figure(tag, figure, global_step=step)
             else:
-                logger.log_image(key=tag, images=[_picture(figure)])
+                takes_step = "step" in signature(logger.log_image).parameters
+                at = {"step": step} if takes_step else {}
+                logger.log_image(key=tag, images=[_picture(figure)], **at)
     return takers
 
 

@@ -168,9 +168,11 @@ def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -
             "the same samples"
             + (" (is a first line a header?)" if abs(len(targets) - samples) == 1 else "")
         )
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        broken = (targets != targets.double().round()) if targets.is_floating_point() else None
-        if broken is not None and broken.any():
+    if targets.dtype == torch.bool and classes > 2:
+        raise ValueError(f"{name} must hold class indices, got booleans for {classes} classes")
+    if targets.is_floating_point():
+        broken = targets != targets.round()
+        if broken.any():
             raise ValueError(
                 f"{name} must hold whole numbers, got {float(targets[broken][0])} in row "
                 f"{_first(broken)[0]}"

@@ -189,7 +189,7 @@ class SelectiveAccuracy(_SelectiveMetric):
 
     def __init__(self, coverage: float = 0.8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.coverage = float(fraction(coverage, "coverage"))
+        self.coverage = float(fraction(coverage, "coverage", positive=True))
 
     @override
     def compute(self) -> Tensor:
@@ -213,7 +213,7 @@ class FalsePositiveRate(_SelectiveMetric):
 
     def __init__(self, tpr: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.tpr = float(fraction(tpr, "tpr"))
+        self.tpr = float(fraction(tpr, "tpr", positive=True))
 
     @override
     def compute(self) -> Tensor:

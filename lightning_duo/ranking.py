@@ -63,12 +63,22 @@ class Ranking(NamedTuple):
 
     def errors_by_rank(self) -> Tensor:
         """Errors among the k surest, k = 1..N, interpolated inside groups: (N,) float64."""
-        position = torch.arange(1, len(self.order) + 1, device=self.order.device)
-        group = torch.searchsorted(self.ends, position)
+        if len(self.ends) == len(self.order):
+            return self.counts.errors.double()
         accepted, errors = (_shifted(count) for count in self.counts)
-        size, wrong = self.counts.accepted - accepted, self.counts.errors - errors
-        inside = (position - accepted[group]).double() / size[group]
-        return errors[group] + inside * wrong[group]
+        size = self.counts.accepted - accepted
+        slope = (self.counts.errors - errors).double() / size
+        # Errors at rank k of a group are slope * k + (errors - slope * accepted) before it.
+        level = torch.repeat_interleave(errors - slope * accepted, size)
+        position = torch.arange(1, len(self.order) + 1, device=self.order.device)
+        return torch.repeat_interleave(slope, size).mul_(position).add_(level)
+
+    def errors_at(self, accepted: int) -> Tensor:
+        """Errors among the ``accepted`` surest, interpolated inside a group: a scalar, float64."""
+        group = int(torch.searchsorted(self.ends, accepted))
+        before = (self.ends[group - 1], self.counts.errors[group - 1]) if group else (0, 0)
+        size, wrong = self.ends[group] - before[0], self.counts.errors[group] - before[1]
+        return before[1] + wrong * (accepted - before[0]) / size.double()
 
 
 def rank(confidence: Tensor, correct: Tensor) -> Ranking:
@@ -144,8 +154,10 @@ def wrong_share(counts: Counts, right_share: Fraction) -> Tensor:
     return torch.where(right[..., -1] > 0, share, torch.nan)
 
 
-def fraction(number: float, name: str) -> Fraction:
+def fraction(number: float, name: str, *, positive: bool = False) -> Fraction:
     """The fraction a decimal was meant as, so that counts can be compared exactly."""
+    if positive and number == 0:
+        raise ValueError(f"{name} must be in (0, 1], got 0")
     if not 0 <= number <= 1:
         hint = f"; did you mean {number / 100:g}?" if 1 < number <= 100 else ""
         raise ValueError(f"{name} must be a fraction in [0, 1], got {number}{hint}")

@@ -25,7 +25,7 @@ from lightning_duo.figures import (
 )
 from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
 from lightning_duo.summary import COLUMNS, Column, best_of, threshold_sentence
-from lightning_duo.threshold import NOTHING, Threshold, select_thresholds
+from lightning_duo.threshold import NOTHING, Threshold, as_text, select_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ORDER = ("duo", "base_scaled", "base", "sidekick", "unweighted", "uq_only")
 REFERENCE = "base_scaled"  # what the duo is compared with: the base, calibrated likewise
+WORK = 50_000_000  # samples times resamples, about a minute on a core
 MILESTONES = (0.9, 0.95, 0.98, 0.99)  # target accuracies that the page spells out
 DELTA = 0.05  # of the guarantee the report offers, if the calibration has none
 
@@ -45,7 +46,7 @@ def write_report(
     data: str,
     held_out: bool,
     cost: Cost | None = None,
-    resamples: int = 1000,
+    resamples: int | None = None,
 ) -> Path:
     """Write a report on a duo as one HTML file, which opens offline.
 
@@ -61,7 +62,7 @@ def write_report(
         data: What was measured, as in "the test set".
         held_out: Whether these are other samples than those the temperatures were fitted on.
         cost: FLOPs and parameters, if known.
-        resamples: Of the bootstrap.
+        resamples: Of the bootstrap; by default 1000, above 50 000 samples fewer, but at least 100.
 
     Returns:
         The path.
@@ -82,7 +83,12 @@ def write_report(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files("lightning_duo").joinpath("report.html").read_text())
+    missing = [form for form in ORDER if form not in predictions]
+    if missing:
+        raise ValueError(f"a report needs the predictions of {ORDER}; {missing} are missing")
     shown = {form: predictions[form] for form in ORDER}
+    if resamples is None:
+        resamples = max(100, min(1000, WORK // len(shown["duo"].targets)))
     found = bootstrap(shown, resamples=resamples)
     page = template.render(
         data=data,
@@ -96,7 +102,7 @@ def write_report(
         lead=_lead(found),
         fit=calibration.fit,
         threshold_sentence=threshold_sentence(calibration),
-        accepted=_accepted(shown["duo"], calibration.threshold),
+        accepted=_accepted(shown["duo"], calibration.threshold, held_out=held_out),
         cost=cost,
         metric=_metric,
         figures=_figures(shown),
@@ -159,7 +165,9 @@ def _lead(found: Bootstrap) -> dict[str, tuple[str, str]]:
     }
 
 
-def _accepted(duo: Predictions, threshold: Threshold | None) -> dict[str, str] | None:
+def _accepted(
+    duo: Predictions, threshold: Threshold | None, *, held_out: bool
+) -> dict[str, str] | None:
     """What the threshold accepts of these samples, and how much of it is right."""
     if threshold is None or not threshold.coverage:
         return None
@@ -167,11 +175,13 @@ def _accepted(duo: Predictions, threshold: Threshold | None) -> dict[str, str] |
 
     accepted = duo.confidence >= threshold.value
     count, right = int(accepted.sum()), int(duo.correct[accepted].sum())
-    parts = {"value": f"{threshold.value:.6f}", "coverage": f"{100 * count / len(accepted):.1f}"}
+    share = 100 * count / len(accepted)
+    parts = {"value": as_text(threshold.value), "coverage": f"{share:.1f}"}
     if count:
+        parts["accuracy"] = f"{100 * right / count:.1f}"
+    if count and held_out:  # the samples that chose the threshold give no honest interval
         low, high = binomtest(right, count).proportion_ci(0.95)
-        names = {"accuracy": right / count, "low": low, "high": high}
-        parts |= {name: f"{100 * share:.1f}" for name, share in names.items()}
+        parts |= {"low": f"{100 * low:.1f}", "high": f"{100 * high:.1f}"}
     return parts
 
 
@@ -215,8 +225,10 @@ def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -
 
 
 def _plain(threshold: Threshold) -> list[float] | None:
-    """Value and coverage, or None where nothing is accepted, since JSON knows no infinity."""
-    return [threshold.value, round(threshold.coverage, 6)] if threshold.coverage else None
+    """Value, in the digits of float32, and coverage; None, as JSON knows no infinity, for none."""
+    if not threshold.coverage:
+        return None
+    return [float(as_text(threshold.value)), round(threshold.coverage, 6)]
 
 
 def _figures(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:

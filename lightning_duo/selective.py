@@ -203,12 +203,10 @@ def accuracy_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -
 
     Source: Geifman and El-Yaniv (2017).
     """
-    share = fraction(coverage, "coverage")
-    if not share:
-        raise ValueError("coverage must be in (0, 1], got 0: no sample would be accepted")
-    errors = rank(confidence, correct).errors_by_rank()
-    accepted = -(-share.numerator * len(errors) // share.denominator)
-    return _like(confidence, 1 - errors[accepted - 1] / accepted)
+    share = fraction(coverage, "coverage", positive=True)
+    ranked = rank(confidence, correct)
+    accepted = -(-share.numerator * len(ranked.order) // share.denominator)
+    return _like(confidence, 1 - ranked.errors_at(accepted) / accepted)
 
 
 def correctness_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -261,9 +259,7 @@ def fpr_at_tpr(confidence: Tensor, correct: Tensor, tpr: float = 0.95) -> Tensor
 
     Source: Hendrycks and Gimpel (2017), for right against wrong predictions.
     """
-    share = fraction(tpr, "tpr")
-    if not share:
-        raise ValueError("tpr must be in (0, 1], got 0: no prediction would be accepted")
+    share = fraction(tpr, "tpr", positive=True)
     counts = rank(confidence, correct).counts
     _warn_if_one_sided(counts, f"FPR at {float(100 * share):g} % TPR")
     return _like(confidence, ranking.wrong_share(counts, share))

@@ -8,6 +8,7 @@ from lightning_duo.calibration import Calibration
 from lightning_duo.evaluation import HIGHER_IS_BETTER
 from lightning_duo.figures import NAMES
 from lightning_duo.temperature import TemperatureFit
+from lightning_duo.threshold import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,11 +63,12 @@ def summary_table(
         A table that rich prints.
     """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     cost = "" if balance is None else f"sidekick FLOPs / base FLOPs: {100 * balance:.1f} %; "
     table = Table(
-        title=f"Asymmetric duo on {data}",
+        title=f"Asymmetric duo on {escape(data)}",
         caption=(
             f"duo logits = {fit.temperatures.base:.3g} x base + "
             f"{fit.temperatures.sidekick:.3g} x sidekick; {cost}all but NLL and Brier in %"
@@ -96,8 +98,8 @@ def threshold_sentence(calibration: Calibration) -> str:
     if not chosen.coverage:
         return f"No threshold reaches {100 * target:g} % accuracy{sure}: the duo accepts nothing."
     return (
-        f"Accepted from confidence {chosen.value:.6f} on: {100 * chosen.coverage:.1f} % of the "
-        f"{calibration.samples} calibration samples, to be {100 * target:g} % right{sure}."
+        f"Accepted from confidence {as_text(chosen.value)} on: {100 * chosen.coverage:.1f} % of "
+        f"the {calibration.samples} calibration samples, to be {100 * target:g} % right{sure}."
     )
 
 
@@ -117,6 +119,7 @@ def print_summary(
         balance: FLOPs balance, or None if it is not known.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     console.print(summary_table(results, calibration.fit, data=data, balance=balance))
@@ -125,7 +128,7 @@ def print_summary(
     duo = results["duo"]
     if duo.get("coverage"):
         console.print(
-            f"On {data} it accepts {100 * duo['coverage']:.1f} %, and "
+            f"On {escape(data)} it accepts {100 * duo['coverage']:.1f} %, and "
             f"{100 * duo['selective_accuracy']:.1f} % of them are right.",
             highlight=False,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,11 +42,11 @@ def select_threshold(
     With ``delta`` the accuracy of what it accepts of new data from the same source is below the
     target with probability at most ``delta`` (over the draw of the given samples). Numbers of
     accepted samples are tested with the exact binomial tail, which gives the chance of so few
-    errors if the true accuracy were the target: half of ``delta`` is shared by eight numbers from
-    the fewest samples that could pass to all of them, and with the other half the largest that
-    passes is extended sample by sample. Two assumptions: the confidences do not depend on the given
-    samples (temperatures fitted on them do, a little), and accuracy falls below the target once
-    as the threshold is lowered, and stays below.
+    errors if the true accuracy were the target: half of ``delta`` is shared by eight numbers, in
+    equal ratios from the fewest samples that could pass to all of them, and with the other half the
+    largest that passes is extended sample by sample. Two assumptions: the confidences do not depend
+    on the given samples (temperatures fitted on them do, a little), and accuracy falls below the
+    target once as the threshold is lowered, and stays below.
 
     Groups of equal confidence are accepted whole. NaN confidences are refused.
 
@@ -69,8 +70,8 @@ def select_threshold(
         >>> select_threshold(confidence, correct, 0.9)
         Threshold(value=0.75, coverage=0.5, accuracy_bound=1.0)
 
-    Source: Geifman and El-Yaniv (2017), selection with guaranteed risk. The tests in sequence are
-    those of Bauer (1991); with them fewer predictions are deferred than with the bisection there.
+    Source: Geifman and El-Yaniv (2017), selection with guaranteed risk; instead of their bisection
+    the numbers are tested in sequence (Bauer 1991).
     """
     (found,) = select_thresholds(confidence, correct, [accuracy], delta=delta)
     if not found.coverage:
@@ -110,9 +111,7 @@ def select_thresholds(
 
 def check_target(accuracy: float, delta: float | None) -> Fraction:
     """The target as a fraction, or a ValueError that says why there can be no such threshold."""
-    target = fraction(accuracy, "accuracy")
-    if not target:
-        raise ValueError("accuracy must be in (0, 1], got 0: any prediction would do")
+    target = fraction(accuracy, "accuracy", positive=True)
     if delta is not None and not 0 < delta < 1:
         raise ValueError(
             f"delta must be a probability in (0, 1), such as 0.05; got {delta} (None: no guarantee)"
@@ -128,6 +127,11 @@ def check_target(accuracy: float, delta: float | None) -> Fraction:
 def fewest_samples(accuracy: float, delta: float) -> int:
     """Accepted samples, all right, that a guarantee takes at least."""
     return math.ceil(math.log(delta / 2) / math.log(accuracy))
+
+
+def as_text(value: float) -> str:
+    """A threshold in as many digits as tell it from all others in float32, as duos hold it."""
+    return np.format_float_positional(np.float32(value), trim="0")
 
 
 def plain_float(value: float) -> float | str:
@@ -163,7 +167,9 @@ def _guaranteed(counts: Counts, target: Fraction, delta: float) -> int:
     """
     total, risk = int(counts.total), float(1 - target)
     fewest = math.ceil(math.log(delta / 2 / STARTS) / math.log(float(target)))
-    sizes = torch.linspace(min(fewest, total), total, STARTS).round().long().to(counts.total.device)
+    ends = math.log10(min(fewest, total)), math.log10(total)
+    sizes = torch.logspace(*ends, STARTS, dtype=torch.float64).round().long().clamp(max=total)
+    sizes = sizes.to(counts.accepted.device)
     starts = torch.unique(torch.searchsorted(counts.accepted, sizes))
     tails = binomial_tail(counts.errors[starts], counts.accepted[starts], risk)
     group = -1

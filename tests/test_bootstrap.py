@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from lightning_duo import selective
 from lightning_duo.bootstrap import Bootstrap, bootstrap
 from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
 
@@ -183,3 +184,42 @@ def test_bad_input_is_named() -> None:
             found.interval("a", "nll", level=level)
         with pytest.raises(ValueError, match=r"level must be in \(0, 1\)"):
             found.difference("a", "a", "nll", level=level)
+
+
+def test_any_function_of_score_and_correct() -> None:
+    models = {name: make_predictions(80, levels=7, seed=seed) for seed, name in enumerate("ab")}
+    usual = bootstrap(models, resamples=30, seed=4)
+    functions = {
+        "aurc": selective.aurc,
+        "sac": lambda s, c: selective.accuracy_at_coverage(s, c, 0.6),
+    }
+    found = bootstrap(models, resamples=30, seed=4, metrics=functions)
+    for name, predictions in models.items():
+        torch.testing.assert_close(found.resampled[name]["aurc"], usual.resampled[name]["aurc"])
+        expected = float(
+            selective.accuracy_at_coverage(predictions.score, predictions.correct, 0.6)
+        )
+        assert found.estimates[name]["sac"] == pytest.approx(expected)
+    assert found.difference("a", "b", "aurc") == pytest.approx(usual.difference("a", "b", "aurc"))
+    with pytest.raises(ValueError, match=r"no 'nll' of 'a'.*\['aurc', 'sac'\]"):
+        found.interval("a", "nll")
+
+
+def test_intervals_of_the_calibration_error_cover_it() -> None:
+    """A gap of 0.05 at every confidence: binned ECE is above it, and on resamples further."""
+    covered = percentile = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        confidence = 0.3 + 0.7 * torch.rand(500, generator=generator, dtype=torch.float64)
+        right = torch.rand(500, generator=generator, dtype=torch.float64) < confidence - 0.05
+        nothing = torch.zeros(500, dtype=torch.float64)
+        model = Predictions(
+            confidence, confidence, (~right).long(), nothing.long(), nothing, nothing, 2
+        )
+        found = bootstrap({"a": model}, resamples=200, seed=seed)
+        _, low, high = found.interval("a", "ece")
+        covered += low <= 0.05 <= high
+        low, high = found.resampled["a"]["ece"].quantile(torch.tensor([0.025, 0.975]).double())
+        percentile += bool(low <= 0.05 <= high)
+    assert covered >= 85
+    assert percentile < 70

@@ -142,8 +142,9 @@ KINDS = ("risk_coverage", "reliability", "confidence")
 class Images(CSVLogger):
     """A logger with log_image, as W&B's has it."""
 
-    def log_image(self, key: str, images: list, **_: object) -> None:
+    def log_image(self, key: str, images: list, step: int | None = None) -> None:
         self.seen = {**getattr(self, "seen", {}), key: images}
+        assert step is not None
 
 
 def test_figures_go_to_the_loggers_that_take_them(tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
         found = read_logits(str(base), str(base), targets)
     torch.testing.assert_close(found.base.float(), BASE)
     numbered = "".join(f"{i},{line}\n" for i, line in enumerate(rows.splitlines()))
+    base.write_text("1.5,,2,3,4\n" + rows)
+    with pytest.raises(ValueError, match="could not convert string ''"):
+        read_logits(str(base), str(base), targets)
     for header in ("", ",a,b,c,d,e\n", "id,a,b,c,d,e\n"):
         base.write_text(header + numbered)
         with pytest.raises(ValueError, match=r"base\.csv .* first column counts the rows"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
@@ -18,6 +19,7 @@ from lightning_duo.cost import Cost
 from lightning_duo.evaluation import evaluate, measure
 from lightning_duo.report import write_report
 from lightning_duo.summary import COLUMNS
+from lightning_duo.threshold import as_text
 
 LOGITS = make_logits(2000, 5, seed=1, margin=3.0)
 CALIBRATION = calibrate(*LOGITS, target_accuracy=0.95, delta=0.1)
@@ -107,7 +109,8 @@ def test_the_choices_are_those_of_select_threshold(report: Path) -> None:
                     continue
                 expected = select_threshold(model.confidence, model.correct, target, delta=delta)
                 value, coverage = choices[prefix + kind][index] or (torch.inf, 0)
-                assert value == expected.value
+                assert value == pytest.approx(expected.value, rel=1e-7)
+                assert np.float32(value) == expected.value
                 assert coverage == pytest.approx(expected.coverage, abs=1e-6)
 
 
@@ -172,7 +175,7 @@ def test_the_control_answers(browser: Browser, kind: str) -> None:
         other = select_threshold(base.confidence, base.correct, target, delta=delta)
         now = shown(browser)
         assert found.coverage > 0
-        assert now["threshold"] == f"{found.value:.6f}"
+        assert now["threshold"] == as_text(found.value)
         assert now["coverage"] == f"{int(1000 * found.coverage + 0.5) / 10:.1f} %"
         assert now["base-coverage"] == f"{int(1000 * other.coverage + 0.5) / 10:.1f} %"
         deferred = int(20000 * (1 - found.coverage) + 0.5)

@@ -294,7 +294,7 @@ def test_fractions_out_of_range(value: float) -> None:
         selective.fpr_at_tpr(confidence, correct, value)
     with pytest.raises(ValueError, match=r"probabilities in \[0, 1\]"):
         selective.expected_calibration_error(torch.tensor([value]), correct)
-    with pytest.raises(ValueError, match="no sample would be accepted"):
+    with pytest.raises(ValueError, match=r"coverage must be in \(0, 1\]"):
         selective.accuracy_at_coverage(confidence, correct, 0)
-    with pytest.raises(ValueError, match="no prediction would be accepted"):
+    with pytest.raises(ValueError, match=r"tpr must be in \(0, 1\]"):
         selective.fpr_at_tpr(confidence, correct, 0)

@@ -8,6 +8,7 @@ from rich.console import Console
 from lightning_duo.calibration import calibrate
 from lightning_duo.evaluation import evaluate, measure
 from lightning_duo.summary import COLUMNS, SUMMARY, best_of, summary_table, threshold_sentence
+from lightning_duo.threshold import as_text
 
 LOGITS = make_logits(200, 5, seed=0)
 
@@ -41,6 +42,6 @@ def test_the_sentence_on_the_threshold() -> None:
     assert threshold_sentence(calibrate(*LOGITS)) == ""
     found = calibrate(*LOGITS, target_accuracy=0.9, delta=0.1)
     sentence = threshold_sentence(found)
-    assert f"{found.threshold.value:.6f}" in sentence
+    assert f"{as_text(found.threshold.value)}" in sentence
     assert f"{100 * found.threshold.coverage:.1f} % of the 200" in sentence
     assert "with probability 90 % on new data" in sentence

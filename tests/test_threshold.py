@@ -59,7 +59,7 @@ def slow_thresholds(pairs: Pairs, accuracy: str, delta: float) -> float:
         fewest += 1
     fewest, starts = min(fewest, len(pairs)), []
     for step in range(8):
-        size = round(fewest + Fraction(step, 7) * (len(pairs) - fewest))
+        size = round(fewest * (len(pairs) / fewest) ** (step / 7))
         start = next(g for g, rights in enumerate(accepted) if len(rights) >= size)
         starts += [start] if start not in starts else []
     group = -1
@@ -215,6 +215,14 @@ def test_the_guarantee_holds_where_every_threshold_just_misses(levels: int) -> N
     }
     assert accepted[0.1] <= binom.ppf(0.999, 2000, 0.1)
     assert accepted[None] > 0.8 * 2000
+
+
+def test_a_small_part_that_can_be_accepted_is_found() -> None:
+    confidence = torch.from_numpy(np.random.default_rng(0).random(50_000))
+    right = torch.where(confidence > 0.88, 0.97, 0.8)  # accuracy 0.95 down to coverage 0.136
+    correct = torch.from_numpy(np.random.default_rng(1).random(50_000)) < right
+    (found,) = select_thresholds(confidence, correct, [0.95], delta=0.05)
+    assert 0.12 < found.coverage < 0.136
 
 
 @pytest.fixture
