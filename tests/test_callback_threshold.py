@@ -198,6 +198,8 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert "Asymmetric duo on the test set" in page
     assert "also fitted the temperatures" not in page
     assert f"{100 * duo.balance:.1f} % to the base" in page
+    trainer.validate(module, loader(VAL), verbose=False)
+    assert set(duo.predictions) == {"val"}  # the new temperatures were not tested yet
     with pytest.raises(MisconfigurationException, match="'predict'"):
         duo.write_report(tmp_path / "report.html", stage="predict")
     with pytest.raises(ValueError, match="a report is named"):

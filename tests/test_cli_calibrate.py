@@ -87,6 +87,14 @@ def test_only_the_temperatures_are_written_by_default(tmp_path: Path) -> None:
     assert "accept" not in done.stdout.lower()
 
 
+def test_names_with_brackets_are_no_markup(tmp_path: Path) -> None:
+    in_a_folder(tmp_path)
+    np.save(tmp_path / "y[fold].npy", VAL[2].numpy())
+    done = lightning_duo("calibrate", *VAL_FILES[:4], "--targets", "y[fold].npy")
+    assert done.returncode == 0, done.stderr
+    assert "y[fold].npy" in done.stdout
+
+
 def test_warnings_are_lines_for_a_user(tmp_path: Path) -> None:
     in_a_folder(tmp_path)
     shuffled = VAL[1][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
@@ -152,3 +160,5 @@ def test_help_of_every_command_describes_every_option(command: str) -> None:
     options = re.findall(r"^  (--\w+) [A-Z_]+ *(.*(?:\n {20,}.*)*)", done.stdout, re.MULTILINE)
     assert len(options) >= 5
     assert all(len(" ".join(text.split())) > 25 for _, text in options), options
+    if command != "export":
+        assert {".npy", ".npz", ".safetensors", ".csv"} <= set(re.findall(r"\.\w+", done.stdout))

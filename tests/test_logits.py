@@ -139,6 +139,7 @@ NAMES = Logits("b.npy", "s.npy", "t.npy")
         ((BASE, SIDEKICK, TARGETS + 1), "t.npy must hold classes 0..4.*start at 1: subtract 1"),
         ((BASE, SIDEKICK, TARGETS - 1), "t.npy must hold classes 0..4.*got -1..3"),
         ((BASE, SIDEKICK, TARGETS + 0.5), "t.npy must hold whole numbers, got .* in row 0"),
+        ((BASE, SIDEKICK, TARGETS > 2), "t.npy must hold class indices, got booleans for 5"),
         ((BASE, SIDEKICK, nn.functional.one_hot(TARGETS)), "of one-hot rows take argmax"),
     ],
 )
