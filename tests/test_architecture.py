@@ -29,6 +29,7 @@ ORDER = [
     "pair",
     "figures",
     "summary",
+    "report_figures",
     "report",
     "callback",
     "cli",
