@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_duo.callback import DuoCallback
     from lightning_duo.module import DuoModule, DuoOutput
+    from lightning_duo.predict import DuoPredictor, PredictionWriter
     from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
     from lightning_duo.threshold import Threshold, select_threshold
 
@@ -18,6 +19,8 @@ __all__ = [
     "DuoCallback",
     "DuoModule",
     "DuoOutput",
+    "DuoPredictor",
+    "PredictionWriter",
     "TemperatureFit",
     "Temperatures",
     "Threshold",
@@ -29,6 +32,8 @@ _HOME = {
     "DuoCallback": "callback",
     "DuoModule": "module",
     "DuoOutput": "module",
+    "DuoPredictor": "predict",
+    "PredictionWriter": "predict",
     "TemperatureFit": "temperature",
     "Temperatures": "temperature",
     "Threshold": "threshold",

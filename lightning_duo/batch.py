@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 INPUT_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
@@ -53,6 +54,80 @@ def read_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, targets
 
 
+def read_inputs(batch: Any) -> Any:
+    """Inputs of a batch that may have no targets.
+
+    Args:
+        batch: A tensor, ``(inputs, ...)``, or a mapping with one of `INPUT_KEYS`.
+
+    Raises:
+        ValueError: If the batch has another form.
+
+    Example:
+        >>> import torch
+        >>> read_inputs({"pixel_values": torch.zeros(2, 3, 8, 8)}).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    if isinstance(batch, Mapping):
+        inputs = next((batch[key] for key in INPUT_KEYS if key in batch), None)
+        seen = f"a mapping with the keys {sorted(map(str, batch))}"
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        inputs, seen = (batch[0] if batch else None), f"an empty {type(batch).__name__}"
+    else:
+        inputs, seen = batch if isinstance(batch, Tensor) else None, _describe(batch)
+    if inputs is None:
+        raise ValueError(
+            f"cannot find the inputs in the batch: expected a tensor, (inputs, ...) or a mapping "
+            f"with one of {INPUT_KEYS}, got {seen}; pass inputs_fn=lambda batch: inputs"
+        )
+    return inputs
+
+
+class Snapshot:
+    """The tensors of a batch before a step, to tell whether the step changes them in place.
+
+    Args:
+        batch: Inputs and targets, nested as they come.
+        copy: Whether to copy tensors made in inference mode, which count no changes.
+    """
+
+    def __init__(self, batch: Any, *, copy: bool) -> None:
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._counted = [(t, t._version) for t in tensors if not t.is_inference()]
+        self._copied = [(t, t.clone()) for t in tensors if copy and t.is_inference()]
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ValueError if a tensor is not what it was."""
+        changed = [t for t, version in self._counted if t._version != version]
+        changed += [t for t, copy in self._copied if not torch.equal(t, copy)]
+        if changed:
+            raise ValueError(
+                f"{type(module).__name__} changed the batch in place (the tensor of shape "
+                f"{tuple(changed[0].shape)}), so the sidekick would see other data than the base "
+                "got; work on a copy in the step (x = x.clone()), or pass DuoCallback(..., "
+                "batch_fn=lambda batch: (batch[0].clone(), batch[1].clone())), which is called "
+                "before the step"
+            )
+
+
+def check_soft_targets(targets: Tensor, num_classes: int) -> Tensor | None:
+    """Return targets that are class probabilities, as MixUp makes them, or None if they are none.
+
+    Args:
+        targets: Shape (N, K), a floating dtype, for probabilities.
+        num_classes: K.
+    """
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return None
+    if targets.ndim != 2 or targets.shape[1] != num_classes:
+        return None
+    if targets.device.type == "cpu":
+        total = targets.float().sum(1)
+        if bool((targets < 0).any()) or bool(((total - 1).abs() > 0.01).any()):
+            return None  # several labels, perhaps
+    return targets
+
+
 def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> Tensor:
     """Return the targets as int64 class indices of shape (N,), or say why they are none.
 
@@ -72,8 +147,9 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
     if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"a duo needs one class index per sample: targets of shape (N,) and an integer dtype, "
-            f"got {targets.dtype} of shape {tuple(targets.shape)}; soft, one-hot and multi-label "
-            "targets are not supported, pass DuoCallback(..., batch_fn=...) to return class indices"
+            f"got {targets.dtype} of shape {tuple(targets.shape)}; pass DuoCallback(..., "
+            "batch_fn=lambda batch: (inputs, indices)); soft, one-hot and multi-label targets are "
+            "not supported, but for class probabilities (N, K) in training, as MixUp makes them"
             + (" (here targets.squeeze(1))" if targets.ndim == 2 and targets.shape[1] == 1 else "")
         )
     if values and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
@@ -105,17 +181,35 @@ def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
         logits: Logits of the base, shape (N, K).
         targets: Targets of the same batch, shape (N,).
     """
-    if logits.ndim != 2 or len(logits) != len(targets):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
         raise ValueError(
             f"the base must give logits of shape ({len(targets)}, K) for a batch of {len(targets)} "
-            f"targets, got {tuple(logits.shape)}"
+            f"targets, got {_describe(logits)}{_remedy(logits)}"
         )
     if logits.shape[1] < 2:
         raise ValueError(
-            "the base gives a single logit per sample; a duo needs K >= 2 class logits "
-            "(for two classes, give the base two outputs)"
+            f"a duo needs logits of K >= 2 classes, the base gives {_describe(logits)}"
+            f"{_remedy(logits)}"
         )
     return logits.detach()
+
+
+def _remedy(output: Any) -> str:
+    """What to do about an output that is no (N, K) logits with K >= 2."""
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    logits = getattr(logits, "logits", logits)
+    if isinstance(logits, Tensor) and (logits.ndim == 1 or logits.shape[1:] == (1,)):
+        return (
+            "; of a single output z the two classes have the logits (0, z): pass DuoCallback(..., "
+            "logits_fn=lambda module, x: torch.nn.functional.pad(module(x).reshape(-1, 1), (1, 0)))"
+            " and class indices 0 and 1 as targets"
+        )
+    if isinstance(logits, Tensor) and logits.ndim > 2:
+        return (
+            "; one prediction for each sample is needed, so segmentation and the like cannot have "
+            "a duo; if one of them is the sample's, pass DuoCallback(..., logits_fn=...)"
+        )
+    return "; pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
 
 
 class BaseLogits:
@@ -276,8 +370,7 @@ def call_base(module: nn.Module, inputs: Any) -> Tensor:
     if logits is None:
         raise ValueError(
             f"the forward of {type(module).__name__} must give floating-point logits (N, K), or a "
-            f"mapping or object with them under 'logits', got {_describe(output)}; pass "
-            "DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+            f"mapping or object with them under 'logits', got {_describe(output)}{_remedy(output)}"
         )
     return logits
 

@@ -1,5 +1,6 @@
 """Co-fine-tuning: the sidekick learns inside the base's training loop, without a trace in it."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import head_parameters, sidekick_logits
 
 OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -79,6 +81,43 @@ class Recipe:
         return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Raise MisconfigurationException if no parameter of the sidekick can be trained."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise MisconfigurationException(
+            "the sidekick has no trainable parameters; call requires_grad_(True) on it, or fit "
+            "only the temperatures with trainer.validate"
+        )
+
+
+def planned_updates(trainer: Trainer, steps_per_batch: int) -> int | None:
+    """How often the sidekick will be updated from the first batch to the last.
+
+    Args:
+        trainer: The user's Trainer, in fit.
+        steps_per_batch: Optimizer steps of the base in a batch: as many as a module that steps its
+            optimizers itself makes, which count towards ``max_steps``; else 1.
+
+    Returns:
+        The number, or None if the Trainer does not know when training ends.
+    """
+    limit = math.inf if trainer.max_steps == -1 else math.ceil(trainer.max_steps / steps_per_batch)
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is not None and epochs >= 0 and batches < math.inf:
+        schedules = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler)
+        ]
+        if schedules:
+            windows = map(schedules[0].get_accumulate_grad_batches, range(epochs))
+            planned = sum(math.ceil(batches / window) for window in windows)
+        else:
+            planned = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        limit = min(limit, planned)
+    return int(limit) if 0 < limit < math.inf else None
+
+
 class SidekickTrainer:
     """Trains the sidekick inside someone else's training loop, without a trace in it.
 
@@ -91,6 +130,10 @@ class SidekickTrainer:
         recipe: How to train it.
         trainer: The user's Trainer; training is about to start.
         state: What `state_dict` gave, to go on from there.
+        steps_per_batch: See `planned_updates`.
+
+    Raises:
+        MisconfigurationException: If the model has nothing to train.
     """
 
     def __init__(
@@ -100,17 +143,25 @@ class SidekickTrainer:
         recipe: Recipe,
         trainer: Trainer,
         state: dict[str, Any] | None,
+        *,
+        steps_per_batch: int = 1,
     ) -> None:
         self.model, self.recipe, self.trainer = model, recipe, trainer
+        check_trainable(model)
+        # As the Trainer does with the base, if it was asked to; there is none for the CPU.
+        self._layer_sync = getattr(trainer.strategy, "_layer_sync", None)
+        if self._layer_sync is not None and trainer.strategy.root_device.type != "cpu":
+            self._layer_sync.apply(model)
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        if not self._trainable:
-            raise MisconfigurationException(
-                "the sidekick has no trainable parameters; call requires_grad_(True) on it, or "
-                "fit only the temperatures with trainer.validate"
-            )
         self.updates = self.batches = 0
-        self.seed = torch.initial_seed()
-        self.total = self._total_updates()
+        self.seed = trainer.strategy.broadcast(torch.initial_seed())
+        self.total = planned_updates(trainer, steps_per_batch)
+        if self.total is None:
+            rank_zero_warn(
+                "DuoCallback: the Trainer does not know when training ends (no max_epochs, or a "
+                "train loader without length), so the sidekick trains without a linear probe at a "
+                "constant learning rate; set max_steps for the full recipe"
+            )
         head = {id(p) for _, p in head_parameters(model, num_classes)}
         self._head = [p for p in self._trainable if id(p) in head]
         self.probe_updates = round(recipe.probe * (self.total or 0)) if self._head else 0
@@ -132,17 +183,6 @@ class SidekickTrainer:
         """Whether only the head is being trained."""
         return self.updates < self.probe_updates
 
-    def _total_updates(self) -> int | None:
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < float("inf"):
-            rank_zero_warn(
-                "DuoCallback: the Trainer does not know when training ends (no max_epochs, or a "
-                "train loader without length), so the sidekick trains without a linear probe at a "
-                "constant learning rate; set max_steps for the full recipe"
-            )
-            return None
-        return int(total)
-
     def _enter_phase(self) -> None:
         probing = self.probing
         parameters = self._head if probing else self._trainable
@@ -158,20 +198,30 @@ class SidekickTrainer:
         strategy = self.trainer.strategy
         if self.trainer.world_size > 1 and isinstance(strategy, DDPStrategy):
             self._parallel = DistributedDataParallel(
-                self.model, device_ids=strategy.determine_ddp_device_ids()
+                self.model,
+                device_ids=strategy.determine_ddp_device_ids(),
+                find_unused_parameters=strategy._ddp_kwargs.get("find_unused_parameters", False),
             )
 
     def stop(self) -> None:
-        """Leave the model as trainable as it was given."""
+        """Leave the model as it was given, but for its weights."""
         for p in self._trainable:
             p.requires_grad_(True)
+        if self._layer_sync is not None:
+            self._layer_sync.revert(self.model)
+
+    def sync_buffers(self) -> None:
+        """Give every process the first one's normalisation statistics, which checkpoints hold."""
+        if self._parallel is not self.model:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def step(self, make_inputs: Callable[[], Any], targets: Tensor, *, update: bool) -> Tensor:
         """Learn from a batch.
 
         Args:
             make_inputs: Gives the sidekick's inputs; may draw random numbers.
-            targets: True classes, shape (N,), int64.
+            targets: True classes, shape (N,), int64, or their probabilities, shape (N, K).
             update: Whether this batch ends an accumulation window.
 
         Returns:
@@ -179,10 +229,10 @@ class SidekickTrainer:
         """
         # In the probe the features are frozen: normalisation statistics and dropout too.
         self.model.train(not self.probing)
-        with isolate_rng(include_cuda=self.trainer.strategy.root_device.type == "cuda"):
-            # A stream of its own, the same after a resume, and different on every rank.
-            step_seed = self.batches * self.trainer.world_size + self.trainer.global_rank
-            torch.manual_seed((self.seed + 1_000_003 * step_seed) % 2**63)
+        # Random numbers of its own, the same after a resume, and others on every rank.
+        step_seed = self.batches * self.trainer.world_size + self.trainer.global_rank
+        seed = (self.seed + 1_000_003 * step_seed) % 2**63
+        with own_stream(self.trainer.strategy.root_device, seed):
             with self._gradients_synced(update):
                 with self.trainer.precision_plugin.train_step_context():
                     logits = sidekick_logits(self._parallel, make_inputs())
@@ -194,6 +244,12 @@ class SidekickTrainer:
             self._update()
         return loss.detach()
 
+    def pass_over(self, *, update: bool) -> None:
+        """Let a batch go from which the base did not learn either."""
+        self.batches += 1
+        if update:
+            self._update()
+
     def _gradients_synced(self, update: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients once per accumulation window."""
         if isinstance(self._parallel, DistributedDataParallel) and not update:
@@ -202,16 +258,17 @@ class SidekickTrainer:
         return nullcontext()
 
     def _update(self) -> None:
-        if self.trainer.gradient_clip_val:
-            self.scaler.unscale_(self.optimizer)
-            self.trainer.precision_plugin.clip_gradients(
-                self.optimizer,
-                self.trainer.gradient_clip_val,
-                GradClipAlgorithmType(self.trainer.gradient_clip_algorithm or "norm"),
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        if any(p.grad is not None for p in self._trainable):
+            if self.trainer.gradient_clip_val:
+                self.scaler.unscale_(self.optimizer)
+                self.trainer.precision_plugin.clip_gradients(
+                    self.optimizer,
+                    self.trainer.gradient_clip_val,
+                    GradClipAlgorithmType(self.trainer.gradient_clip_algorithm or "norm"),
+                )
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
         was_probing = self.probing
         self.updates += 1
         if was_probing and not self.probing:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -14,6 +13,7 @@ from lightning_duo.batch import (
     BaseLogits,
     BatchFn,
     LogitsFn,
+    Snapshot,
     call_base,
     check_targets,
     evaluating,
@@ -21,7 +21,9 @@ from lightning_duo.batch import (
 )
 from lightning_duo.calibration import Calibration
 from lightning_duo.cost import Cost, count_flops, count_parameters
+from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
+from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import Sidekick, sidekick_logits
 
 _STAGES = ("training", "validation", "test", "predict")
@@ -40,6 +42,40 @@ class Pair:
         self.sidekick, self.read_batch = sidekick, read_batch
         self.base = BaseLogits(logits_fn)
         self._example: Tensor | None = None
+        self._batch: tuple[Any, Tensor] | None = None
+        self._before: Snapshot | None = None
+
+    def before_step(self, module: LightningModule, batch: Any, *, watch: bool, first: bool) -> None:
+        """Take inputs and targets from the batch before the base's step can change it.
+
+        Args:
+            module: The base.
+            batch: As its step is about to get it.
+            watch: Whether to record the logits of the step.
+            first: Whether to look closely at what the step does with the batch.
+        """
+        with own_stream(module.device):
+            self._batch = self.read_batch(batch)
+        self._before = Snapshot(self._batch, copy=first)
+        if watch:
+            self.base.watch(module)
+
+    def after_step(self, module: LightningModule) -> tuple[Any, Tensor]:
+        """Inputs and targets of the batch whose step has ended.
+
+        Raises:
+            ValueError: If the step changed them in place.
+        """
+        assert self._batch is not None
+        assert self._before is not None
+        self._before.check(module)
+        batch, self._batch, self._before = self._batch, None, None
+        return batch
+
+    def reset(self) -> None:
+        """Forget the batch of a step that did not end."""
+        self._batch = self._before = None
+        self.base.unwatch()
 
     def build(self, trainer: Trainer, pl_module: LightningModule, num_classes: int) -> nn.Module:
         """The sidekick, on the base's device and in the Trainer's precision."""
@@ -47,12 +83,10 @@ class Pair:
             model = self.sidekick.build(num_classes, pl_module, pretrained=True)
             return trainer.precision_plugin.convert_module(model).to(pl_module.device)
 
-    def logits(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of both models (N, K) and targets (N,) of a batch, on the CPU."""
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-            inputs, targets = self.read_batch(batch)
+    def logits(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Logits:
+        """Logits of both models (N, K) and targets (N,) of the last batch, on the CPU."""
+        inputs, targets = self.after_step(pl_module)
+        with own_stream(pl_module.device):
             with trainer.precision_plugin.val_step_context():
                 base = self.base.of(pl_module, outputs, inputs, targets)
             classes = base.shape[1]
@@ -73,7 +107,7 @@ class Pair:
             )
         if isinstance(inputs, Tensor) and len(inputs):
             self._example = inputs[:1].detach()
-        return base.float().cpu(), sidekick.float().cpu(), targets.cpu()
+        return Logits(base.float().cpu(), sidekick.float().cpu(), targets.cpu())
 
     def cost(self, module: LightningModule) -> Cost | None:
         """FLOPs of both models for one sample, and parameters; None if they can't be counted."""
@@ -81,7 +115,7 @@ class Pair:
             return None
         sidekick = self.sidekick.deployable()
         try:
-            with isolate_rng():
+            with own_stream(module.device):
                 base = count_flops(module, self._example, self.base.logits_fn or call_base)
                 flops = base, count_flops(sidekick, self._example)
         except Exception as error:  # the user's forward may want more than a batch of one

@@ -8,12 +8,13 @@ from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_duo.batch import as_logits
+from lightning_duo.randomness import own_stream
 
 SidekickSource: TypeAlias = str | nn.Module | Callable[[int], nn.Module]
 
@@ -304,6 +305,32 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def check_model(model: nn.Module, base: nn.Module) -> None:
+    """Find what keeps a model from being the sidekick of this base.
+
+    Raises:
+        MisconfigurationException: If they share parameters, or the model's parameters have no
+            values or are on several devices.
+    """
+    own = {id(p) for p in model.parameters()}
+    if any(id(p) in own for p in base.parameters()):
+        raise MisconfigurationException(
+            "base and sidekick share parameters; the sidekick must be a model of its own "
+            "(copy.deepcopy it)"
+        )
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if devices == ["meta"]:
+        raise MisconfigurationException(
+            "the sidekick is on the meta device, so its weights have no values; build it on the "
+            "CPU, the callback moves it to the base's device"
+        )
+    if len(devices) > 1:
+        raise MisconfigurationException(
+            f"the sidekick is spread over several devices, {' and '.join(devices)}; put it on one "
+            "(sidekick.cpu()), the callback moves it to the base's device"
+        )
+
+
 class Sidekick:
     """The sidekick of a run: built when the number of classes is known, with what it sees.
 
@@ -349,34 +376,36 @@ class Sidekick:
         """Whether a model just built has a head that knows nothing of the task."""
         return not isinstance(self.source, nn.Module) and self.weights is None
 
-    def build(self, num_classes: int, base: nn.Module | None, *, pretrained: bool) -> nn.Module:
+    def build(self, num_classes: int, base: nn.Module, *, pretrained: bool) -> nn.Module:
         """Build the model unless it exists; the global random streams do not notice.
 
         Raises:
-            MisconfigurationException: If it shares parameters with the base.
+            MisconfigurationException: If it cannot be a sidekick of this base; see `check_model`.
         """
-        if self.model is None:
-            with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
-                weights = self.weights if pretrained else None
-                self.model = build_sidekick(
-                    self.source,
-                    num_classes,
-                    pretrained=pretrained and self.pretrained,
-                    weights=weights,
-                )
-            if self.num_classes is None and not isinstance(self.source, nn.Module):
-                rank_zero_info(
-                    f"DuoCallback: sidekick {self.name!r} has {num_classes} classes, as the base's "
-                    "logits do"
-                )
-            self.num_classes = num_classes
-        own = {id(p) for p in self.model.parameters()}
-        if base is not None and any(id(p) in own for p in base.parameters()):
-            raise MisconfigurationException(
-                "base and sidekick share parameters; the sidekick must be a model of its own "
-                "(copy.deepcopy it)"
+        if self.model is not None:
+            return self.model
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        with own_stream(device), torch.inference_mode(False), torch.enable_grad():
+            model = build_sidekick(
+                self.source,
+                num_classes,
+                pretrained=pretrained and self.pretrained,
+                weights=self.weights if pretrained else None,
             )
-        return self.model
+        check_model(model, base)
+        if self.num_classes is None and not isinstance(self.source, nn.Module):
+            rank_zero_info(
+                f"DuoCallback: sidekick {self.name!r} has {num_classes} classes, as the base's "
+                "logits do"
+            )
+        self.model, self.num_classes = model, num_classes
+        return model
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model, built or given; None as long as it is only a name or a callable."""
+        given = self.source if isinstance(self.source, nn.Module) else None
+        return given if self.model is None else self.model
 
     def forget(self) -> None:
         """Drop a model that was built for another base; a module of the user's own stays."""
@@ -384,7 +413,8 @@ class Sidekick:
             self.model, self.num_classes = None, self._given_classes
 
     def inputs(self, base: nn.Module, inputs: Any) -> Any:
-        """What the sidekick sees of the base's inputs."""
+        """What the sidekick sees of the base's inputs; no gradient flows back into them."""
+        inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
         if not self._transform_known and self.model is not None:
             self._transform = input_transform(self.model, base, inputs)
             self._transform_known = True

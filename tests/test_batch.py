@@ -140,7 +140,7 @@ def test_logits_fn_is_used_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (torch.zeros(6, 1), "a single logit per sample"),
+        (torch.zeros(6, 1), "a duo needs logits of K >= 2 classes.*pad"),
         (torch.zeros(6), r"must give floating-point logits \(N, K\)"),
         (torch.zeros(6, 4, 2, 2), r"must give floating-point logits"),
         (torch.zeros(5, 4), r"shape \(6, K\)"),

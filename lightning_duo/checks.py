@@ -1,0 +1,63 @@
+"""What a run must be like for a duo, found out at set-up."""
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+
+def check_trainer(trainer: Trainer, stage: str) -> None:
+    """Refuse what a duo cannot run with, and warn of what will be missing.
+
+    Args:
+        trainer: The user's Trainer, about to start.
+        stage: "fit", "validate" or "test".
+
+    Raises:
+        MisconfigurationException: If the base is split over processes, the precision replaces
+            layers, or there is nothing to fit the temperatures on.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"DuoCallback runs on one device or with DDP, not with "
+            f"{type(trainer.strategy).__name__}: the base's weights must be whole in each process; "
+            'use Trainer(strategy="ddp")'
+        )
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision | TransformerEnginePrecision):
+        raise MisconfigurationException(
+            f"DuoCallback does not run with {type(trainer.precision_plugin).__name__}, which would "
+            "replace the sidekick's layers too; use precision 32, 64, 16 or bf16, mixed or true"
+        )
+    if stage == "fit":
+        _check_fit(trainer)
+
+
+def _check_fit(trainer: Trainer) -> None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in callbacks):
+        rank_zero_warn(
+            "DuoCallback: ModelCheckpoint(save_weights_only=True) leaves the sidekick and the "
+            "temperatures out of the checkpoint; save them with callback.module.save(path)"
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            "DuoCallback: this strategy trains in processes that it starts, and the sidekick ends "
+            "with them; keep it in checkpoints (ModelCheckpoint) and go on with "
+            "trainer.validate(model, ckpt_path=...) or trainer.test(model, ckpt_path=...), or use "
+            'strategy="ddp" in a script'
+        )
+    if trainer.enable_validation:
+        return
+    if trainer.limit_val_batches == 0:
+        rank_zero_warn(
+            "DuoCallback: limit_val_batches=0, so no temperatures will be fitted; run "
+            "trainer.validate afterwards"
+        )
+        return
+    raise MisconfigurationException(
+        "DuoCallback fits its temperatures on validation data, but there is no validation: give "
+        "the Trainer a val_dataloader and the module a validation_step"
+    )

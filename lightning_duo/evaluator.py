@@ -1,0 +1,114 @@
+"""From the logits of a stage's batches to what is logged: over all loaders and processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
+from lightning_duo.figures import log_figures
+from lightning_duo.logits import Logits
+from lightning_duo.threshold import Threshold
+
+LOGGED = ("base", "base_scaled", "sidekick", "duo")
+
+
+class Collected:
+    """Logits and targets of each dataloader of a stage, in this process, on the CPU."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, list[Logits]] = {}
+
+    def add(self, logits: Logits, loader: int) -> None:
+        """Take a batch of a loader."""
+        self._batches.setdefault(loader, []).append(logits)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._batches.clear()
+
+    def of_loaders(self, count: int, num_classes: int) -> list[Logits]:
+        """All samples of each loader, of which this process may have got none."""
+        nothing = torch.zeros(0, num_classes)
+        empty = Logits(nothing, nothing, torch.zeros(0, dtype=torch.long))
+        return [
+            Logits(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+            for batches in (self._batches.get(index, [empty]) for index in range(count))
+        ]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, which see different samples and must say the same."""
+
+    trainer: Trainer
+    module: LightningModule
+
+    def num_classes(self, known: int | None) -> int:
+        """K, which a process that saw no batch learns from the others."""
+        if self.trainer.world_size == 1:
+            return known or 1
+        local = torch.tensor(known or 1, device=self.module.device)
+        return int(self.trainer.strategy.reduce(local, reduce_op="max"))
+
+    @property
+    def reduce(self) -> Callable[[Tensor], Tensor] | None:
+        """What `fit_temperatures` calls to add up its sums; None in a single process."""
+        return None if self.trainer.world_size == 1 else self._add_up
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(sums.to(self.module.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total.cpu()
+
+    def predictions(self, metrics: DuoMetrics) -> dict[str, Predictions]:
+        """Those of all processes."""
+        if self.trainer.world_size > 1:  # they exchange what is on their devices
+            metrics = metrics.to(self.module.device)
+        return metrics.predictions()
+
+
+@dataclass(frozen=True)
+class MetricLog:
+    """Measures predictions and sends the values, and figures if wanted, to the user's loggers."""
+
+    prefix: str
+    """Of every name."""
+    figures: bool
+
+    def write(
+        self,
+        processes: Processes,
+        stage: tuple[str, str],
+        predictions: dict[str, Predictions],
+        threshold: Threshold | None,
+    ) -> dict[str, dict[str, float]]:
+        """Measure and log the predictions of a loader.
+
+        Args:
+            processes: The run.
+            stage: What stands before and behind the metric's name, as in ("val", "/loader_1").
+            predictions: Form -> predictions; see `evaluate`.
+            threshold: From which to accept, if one was chosen.
+
+        Returns:
+            Form -> metric -> value.
+        """
+        trainer, (name, suffix) = processes.trainer, stage
+        results = {form: measure(found) for form, found in predictions.items()}
+        if threshold is not None:
+            results["duo"] |= measure_accepted(predictions["duo"], threshold)
+        for model in LOGGED:
+            for metric, value in results[model].items():
+                processes.module.log(f"{self.prefix}{model}/{name}_{metric}{suffix}", value)
+        if self.figures and trainer.is_global_zero:
+            pattern = f"{self.prefix}duo/{name}_{{figure}}{suffix}"
+            if not log_figures(trainer.loggers, predictions, pattern, step=trainer.global_step):
+                rank_zero_warn(
+                    "DuoCallback: figures=True, but no logger of the Trainer takes figures "
+                    "(TensorBoardLogger does, and any with log_image)"
+                )
+        return results

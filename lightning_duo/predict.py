@@ -1,0 +1,183 @@
+"""Predictions of a duo by `Trainer.predict`, with any of Lightning's devices and strategies."""
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_duo.batch import read_inputs
+from lightning_duo.module import DuoModule, DuoOutput
+
+Columns = dict[str, Any]  # name -> array (N,) or (N, K)
+
+
+class DuoPredictor(LightningModule):
+    """A duo as a LightningModule, for `Trainer.predict`.
+
+    Args:
+        duo: The duo, as from ``callback.module`` or `DuoModule.load`.
+        inputs_fn: ``batch -> inputs``, for batches that are neither a tensor, a tuple that starts
+            with the inputs, nor a mapping with usual keys.
+
+    Example:
+        >>> import torch
+        >>> duo = DuoModule(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), (1.0, 0.5))
+        >>> DuoPredictor(duo).predict_step(torch.zeros(2, 4)).probs.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, duo: DuoModule, *, inputs_fn: Callable[[Any], Any] = read_inputs) -> None:
+        super().__init__()
+        if not isinstance(duo, DuoModule):
+            raise TypeError(
+                f"DuoPredictor takes a DuoModule, such as callback.module; got {type(duo).__name__}"
+            )
+        self.duo, self.inputs_fn = duo, inputs_fn
+
+    @override
+    def forward(self, x: Any) -> DuoOutput:
+        output: DuoOutput = self.duo(x)
+        return output
+
+    @override
+    def predict_step(self, batch: Any, *_: Any) -> DuoOutput:
+        """Predict a batch.
+
+        Raises:
+            ValueError: If its inputs cannot be found.
+        """
+        return self.forward(self.inputs_fn(batch))
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `Trainer.predict` gives for a `DuoPredictor` to one file, in the dataset's order.
+
+    Columns are the sample's index in the dataset, the prediction, the confidence and whether it is
+    accepted; with several dataloaders also which one. Every process keeps its own samples (21
+    bytes each, with probabilities 4 K more) and writes them to a part file in the same folder; the
+    first process puts them together at the end. The file appears whole or not at all. Datasets
+    without indices (iterable ones) are written in the order of processes and batches.
+
+    Args:
+        path: The file, ``*.csv`` or ``*.npz``.
+        probs: Whether to write the probabilities of all classes too.
+
+    Raises:
+        ValueError: If the file has another ending.
+
+    Example:
+        >>> writer = PredictionWriter("predictions.csv")
+        >>> writer.path.name
+        'predictions.csv'
+    """
+
+    def __init__(self, path: str | Path, *, probs: bool = False) -> None:
+        super().__init__(write_interval="batch")
+        self.path, self.probs = Path(path), probs
+        if self.path.suffix not in (".csv", ".npz"):
+            raise ValueError(f"predictions are written to *.csv or *.npz, got {str(path)!r}")
+        self._batches: list[Columns] = []
+
+    @override
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if not isinstance(prediction, DuoOutput):
+            raise TypeError(
+                "PredictionWriter writes the predictions of a DuoPredictor, got "
+                f"{type(prediction).__name__} from {type(pl_module).__name__}; use "
+                "trainer.predict(DuoPredictor(callback.module), ...)"
+            )
+        count = len(prediction.prediction)
+        known = batch_indices is not None and len(batch_indices) == count
+        columns = {
+            "loader": np.full(count, dataloader_idx, dtype=np.int32),
+            "index": np.asarray(batch_indices if known else np.full(count, -1), dtype=np.int64),
+            "prediction": prediction.prediction.cpu().numpy(),
+            "confidence": prediction.confidence.float().cpu().numpy(),
+            "accept": prediction.accept.cpu().numpy(),
+        }
+        if self.probs:
+            columns["probs"] = prediction.probs.float().cpu().numpy()
+        self._batches.append(columns)
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._batches:
+            np.savez(self._part(trainer.global_rank), **_joined(self._batches))
+            self._batches = []
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            ranks = [self._part(rank) for rank in range(trainer.world_size)]
+            self._merge([part for part in ranks if part.exists()], len(trainer.num_predict_batches))
+        trainer.strategy.barrier()
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.part{rank}.npz")
+
+    def _merge(self, parts: list[Path], loaders: int) -> None:
+        if not parts:
+            rank_zero_warn(f"there was nothing to predict, so {self.path} was not written")
+            return
+        columns = _joined([dict(np.load(part)) for part in parts])
+        if (columns["index"] < 0).any():
+            if len(parts) > 1:
+                rank_zero_warn(
+                    "the dataset has no indices, so the predictions are written process by process"
+                )
+            columns["index"] = np.arange(len(columns["index"]))
+        order = np.lexsort((columns["index"], columns["loader"]))
+        columns = {name: values[order] for name, values in columns.items()}
+        same = (np.diff(columns["index"]) == 0) & (np.diff(columns["loader"]) == 0)
+        if same.any():
+            rank_zero_warn(
+                f"{int(same.sum())} samples were predicted more than once, as processes share data "
+                "where use_distributed_sampler=False; all are written"
+            )
+        if loaders == 1:
+            del columns["loader"]
+        partial = self.path.with_name(f"{self.path.name}.partial{self.path.suffix}")
+        (_write_csv if self.path.suffix == ".csv" else _write_npz)(partial, columns)
+        os.replace(partial, self.path)
+        for part in parts:
+            part.unlink()
+
+
+def _joined(parts: list[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _write_npz(path: Path, columns: Columns) -> None:
+    np.savez(path, **columns)
+
+
+def _write_csv(path: Path, columns: Columns) -> None:
+    probs = columns.pop("probs", None)
+    classes = 0 if probs is None else probs.shape[1]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, *(f"prob_{k}" for k in range(classes))])
+        values = {**columns, "accept": columns["accept"].astype(int)}
+        for row, cells in enumerate(zip(*(v.tolist() for v in values.values()), strict=True)):
+            numbers = [f"{c:.9g}" if isinstance(c, float) else c for c in cells]
+            found = [] if probs is None else [f"{p:.9g}" for p in probs[row].tolist()]
+            writer.writerow([*numbers, *found])

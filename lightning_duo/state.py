@@ -1,0 +1,103 @@
+"""What a checkpoint keeps of a duo, and whether it still holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_duo import __version__
+
+STATE_VERSION = 3
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class BestSidekick:
+    """The sidekick of the validation where its loss was lowest."""
+
+    nll: float
+    """Its validation loss: cross-entropy in nats per sample, before any temperature."""
+    step: int
+    """The Trainer's global step then."""
+    weights: dict[str, Tensor]
+    """A copy of its state dict, on the CPU."""
+
+    @classmethod
+    def of(cls, model: nn.Module, nll: float, step: int) -> Self:
+        """Copy a model."""
+        return cls(nll, step, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+        return {"nll": self.nll, "step": self.step, "weights": self.weights}
+
+
+@torch.no_grad()
+def fingerprint(*models: nn.Module) -> int:
+    """A number that changes with the parameters of the models, the same on every device.
+
+    Bits are summed as integers, so the order of summation does not matter.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> before = fingerprint(layer)
+        >>> _ = layer.weight.data.mul_(1.5)
+        >>> fingerprint(layer) == before
+        False
+    """
+    found = 0
+    for model in models:
+        sums = [
+            parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum()
+            for parameter in model.parameters()
+            if not parameter.is_complex()
+        ]
+        for value in torch.stack(sums).tolist() if sums else []:
+            found = (found * 1_000_003 + value) % 2**62
+    return found
+
+
+def check_state(state: dict[str, Any], name: str, num_classes: int | None) -> None:
+    """Find what keeps a checkpoint's duo state from being loaded.
+
+    Args:
+        state: The state as it was saved.
+        name: The sidekick's.
+        num_classes: K, or None if not known yet.
+
+    Raises:
+        ValueError: If another version of the library wrote it, or it is of another sidekick.
+    """
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint holds duo state of version {version}, written by lightning_duo "
+            f"{state.get('library', 'of an earlier day')}; this is lightning_duo {__version__}, "
+            f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
+            "without DuoCallback"
+        )
+    saved = (state["name"], state["num_classes"])
+    mine = (name, num_classes or saved[1])
+    if mine != saved:
+        raise ValueError(
+            f"the checkpoint's sidekick is {saved[0]!r} with {saved[1]} classes, this "
+            f"callback's is {mine[0]!r} with {mine[1]}; make them the same, or load the "
+            "checkpoint without DuoCallback"
+        )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Load a sidekick's weights from a checkpoint.
+
+    Raises:
+        ValueError: If they are those of another architecture.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the checkpoint's sidekick {name!r} has other weights than the one that was built; "
+            f"build it as it was when the checkpoint was saved: {error}"
+        ) from error

@@ -1,0 +1,112 @@
+"""Trainer.predict with a duo, and the file of its predictions."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, loader, make_trainer, small_images, small_net
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_duo import DuoCallback, DuoModule, DuoPredictor, PredictionWriter
+
+DATA = small_images(50, 4)
+
+
+def make_duo() -> DuoModule:
+    torch.manual_seed(1)
+    return DuoModule(small_net(), small_net(), (1.3, 0.7), threshold=0.4).eval()
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("ending", ["csv", "npz"])
+@pytest.mark.parametrize("probs", [False, True])
+def test_predictions_are_written_in_the_datasets_order(
+    ending: str, probs: bool, tmp_path: Path
+) -> None:
+    duo, path = make_duo(), tmp_path / "new" / f"out.{ending}"
+    writer = PredictionWriter(path, probs=probs)
+    shuffled = loader(DATA, shuffle=True)
+    outputs = make_trainer(writer).predict(DuoPredictor(duo), shuffled)
+    assert [len(output.prediction) for output in outputs] == [16, 16, 16, 2]
+    with torch.no_grad():
+        expected = duo(DATA.tensors[0])
+    found = dict(np.load(path)) if ending == "npz" else read_csv(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert found["index"].tolist() == list(range(50))
+    assert found["prediction"].tolist() == expected.prediction.tolist()
+    assert found["accept"].astype(bool).tolist() == expected.accept.tolist()
+    # Other batches: other rounding.
+    np.testing.assert_allclose(found["confidence"], expected.confidence, rtol=1e-5)
+    if not probs:
+        assert set(found) == {"index", "prediction", "confidence", "accept"}
+    elif ending == "npz":
+        np.testing.assert_allclose(found["probs"], expected.probs, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(found["prob_3"], expected.probs[:, 3], rtol=1e-5)
+
+
+def test_several_loaders_and_datasets_without_indices(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> object:
+            return iter(DATA.tensors[0][:10])
+
+    path = tmp_path / "out.npz"
+    make_trainer(PredictionWriter(path)).predict(
+        DuoPredictor(make_duo()), [loader(DATA), loader(DATA)], return_predictions=False
+    )
+    assert np.load(path)["loader"].tolist() == [0] * 50 + [1] * 50
+    trainer = make_trainer(PredictionWriter(path))
+    trainer.predict(DuoPredictor(make_duo()), DataLoader(Stream(), 4))
+    assert np.load(path)["index"].tolist() == list(range(10))
+
+
+def test_inputs_of_other_batches(tmp_path: Path) -> None:
+    images = DATA.tensors[0][:8]
+
+    def named(samples: list) -> dict:
+        return {"picture": torch.stack([x for (x,) in samples])}
+
+    data = DataLoader(TensorDataset(images), 4, collate_fn=named)
+    own = DuoPredictor(make_duo(), inputs_fn=lambda batch: batch["picture"])
+    assert len(make_trainer().predict(own, data)) == 2
+    with pytest.raises(ValueError, match=r"keys \['picture'\]; pass inputs_fn"):
+        make_trainer().predict(DuoPredictor(make_duo()), data)
+
+
+def test_misuse_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\*\.csv or \*\.npz, got 'out.parquet'"):
+        PredictionWriter("out.parquet")
+    with pytest.raises(TypeError, match=r"takes a DuoModule.*got Linear"):
+        DuoPredictor(nn.Linear(2, 2))
+
+    class Plain(Classifier):
+        def predict_step(self, batch: list, batch_idx: int) -> Tensor:
+            return self(batch[0])
+
+    with pytest.raises(TypeError, match=r"got Tensor from Plain; use trainer.predict\(DuoPred"):
+        make_trainer(PredictionWriter(tmp_path / "out.csv")).predict(Plain(), loader(DATA))
+
+
+def test_the_callback_has_no_part_in_predict(tmp_path: Path) -> None:
+    """It may stay in the Trainer, whatever is predicted and from whichever checkpoint."""
+    callback, module = DuoCallback(small_net, summary=False), Classifier()
+    trainer = make_trainer(callback, enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer.fit(module, loader(DATA), loader(DATA))
+    best = trainer.checkpoint_callback.best_model_path
+    before, expected = callback.fit, callback.module(DATA.tensors[0])
+    outputs = trainer.predict(DuoPredictor(callback.module), loader(DATA))
+    torch.testing.assert_close(torch.cat([o.probs for o in outputs]), expected.probs)
+    other = DuoCallback(small_net, summary=False)
+    images = DataLoader(DATA.tensors[0], 16)
+    make_trainer(other).predict(module, images, ckpt_path=best)
+    assert other.fit is None
+    assert callback.fit is before
+    assert torch.equal(callback.module(DATA.tensors[0]).probs, expected.probs)
