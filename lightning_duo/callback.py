@@ -623,6 +623,7 @@ class DuoCallback(Callback):
             "calibration": self.calibration and self.calibration.state_dict(),
             "fitted_at_step": self.fitted_at_step,
             "fitted_to": self._fitted_to,
+            "results": self.results,
         }
 
     @override
@@ -651,6 +652,7 @@ class DuoCallback(Callback):
         self.calibration = calibration and Calibration.from_state_dict(calibration)
         self.fitted_at_step = state_dict["fitted_at_step"]
         self._fitted_to = state_dict["fitted_to"]
+        self.results = state_dict["results"]
         self.predictions = {}
         self._restored = True
         if self.calibration is not None:

@@ -1,8 +1,13 @@
 """Small data, models and Trainers that the tests share."""
 
+import hashlib
 import os
+import random
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,6 +61,20 @@ def small_net(num_classes: int = NUM_CLASSES, width: int = 16) -> nn.Module:
     )
 
 
+class Restless(nn.Module):
+    """A sidekick that draws from every random stream, in its making and in its forward."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        random.random(), np.random.rand(), torch.rand(3)
+        self.net = small_net(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        random.random(), np.random.rand(), torch.rand(3)
+        drop = self.training and random.random() < 0.2  # stochastic depth
+        return self.net(torch.zeros_like(x) if drop else x)
+
+
 class Classifier(L.LightningModule):
     """An ordinary user's module."""
 
@@ -91,3 +110,17 @@ def make_trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
         "enable_model_summary": False,
     }
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def digest(value: Any) -> str:
+    """Hash of nested tensors, arrays and plain values, bit by bit."""
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous()
+        return digest((str(array.dtype), array.reshape(-1).view(torch.uint8).numpy().tobytes()))
+    if isinstance(value, np.ndarray):
+        return digest(value.tobytes())
+    if isinstance(value, Mapping):
+        return digest([(str(k), digest(v)) for k, v in value.items()])
+    if isinstance(value, list | tuple):
+        return digest("".join(digest(part) for part in value))
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
