@@ -522,7 +522,7 @@ class DuoCallback(Callback):
 
     def _calibrate(self, processes: Processes, samples: list[Logits], classes: int) -> None:
         """Fit on the samples of one loader, and measure all of them."""
-        log, chosen = processes.module.log, self._calibration_loader
+        chosen = self._calibration_loader
         fit = fit_temperatures(*samples[chosen], reduce=processes.reduce)
         if fit.status == "separable":
             rank_zero_warn(
@@ -541,10 +541,10 @@ class DuoCallback(Callback):
         self.fitted_at_step, self._fitted_to = self._step, self._validated
         for index, predictions in enumerate(found):
             self._measure(processes, "val", index, predictions)
-        log(f"{self._log.prefix}duo/temperature_base", fit.temperatures.base)
-        log(f"{self._log.prefix}duo/temperature_sidekick", fit.temperatures.sidekick)
+        for name, value in fit.temperatures._asdict().items():
+            self._log.value(processes, f"duo/temperature_{name}", value)
         if self.calibration.threshold is not None:
-            log(f"{self._log.prefix}duo/threshold", self.calibration.threshold.value)
+            self._log.value(processes, "duo/threshold", self.calibration.threshold.value)
 
     def _measure(
         self,

@@ -4,8 +4,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
@@ -20,11 +22,15 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         MisconfigurationException: If the base is split over processes, the precision replaces
             layers, or there is nothing to fit the temperatures on.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    strategy = trainer.strategy
+    # Some that are neither are made from these.
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(
+        strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy
+    ):
         raise MisconfigurationException(
-            f"DuoCallback runs on one device or with DDP, not with "
-            f"{type(trainer.strategy).__name__}: the base's weights must be whole in each process; "
-            'use Trainer(strategy="ddp")'
+            f"DuoCallback runs on one device or with DDP, not with {type(strategy).__name__}: the "
+            "base's weights must be whole in each process, on a CPU or a GPU; use "
+            'Trainer(strategy="ddp")'
         )
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision | TransformerEnginePrecision):
         raise MisconfigurationException(

@@ -79,6 +79,11 @@ class MetricLog:
     """Of every name."""
     figures: bool
 
+    def value(self, processes: Processes, name: str, value: float) -> None:
+        """Log a value that all processes have found, as Lightning wants to be told."""
+        several = processes.trainer.world_size > 1
+        processes.module.log(self.prefix + name, value, sync_dist=several)
+
     def write(
         self,
         processes: Processes,
@@ -103,7 +108,7 @@ class MetricLog:
             results["duo"] |= measure_accepted(predictions["duo"], threshold)
         for model in LOGGED:
             for metric, value in results[model].items():
-                processes.module.log(f"{self.prefix}{model}/{name}_{metric}{suffix}", value)
+                self.value(processes, f"{model}/{name}_{metric}{suffix}", value)
         if self.figures and trainer.is_global_zero:
             pattern = f"{self.prefix}duo/{name}_{{figure}}{suffix}"
             if not log_figures(trainer.loggers, predictions, pattern, step=trainer.global_step):

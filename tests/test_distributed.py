@@ -1,5 +1,6 @@
 """Two real processes (DDP over gloo) against one process on all the data."""
 
+import copy
 import json
 import os
 import subprocess
@@ -7,14 +8,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import Classifier, make_trainer, small_images, small_net
+from helpers import Classifier, digest, loader, make_trainer, small_images, small_net
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, strategies
+from lightning.pytorch.plugins import precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from lightning_duo import DuoCallback
+from lightning_duo import DuoCallback, DuoPredictor, PredictionWriter
 
 # 37 validation samples in batches of 8: uneven parts, uneven last batches.
 TRAIN, VAL, TEST = small_images(64, 1), small_images(37, 2), small_images(21, 3)
@@ -46,72 +51,80 @@ class Part(IterableDataset):
         return (self.dataset[i] for i in self.indices)
 
 
-def run(rank: int, world: int, *, empty: bool) -> dict:
-    """Fit and test; returns what must not depend on the number of processes."""
-    torch.manual_seed(0)
+def sgd(parameters: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.3)
 
-    def sgd(parameters: object) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=0.3)
+
+def run(rank: int, world: int, folder: Path, *, empty: bool) -> dict:
+    """Fit, test, validate and predict; returns what must not depend on the number of processes.
+
+    In float64, so that sums in another order differ by less than what is compared.
+    """
+    torch.manual_seed(0)
+    empty = empty and world > 1
+
+    def trainer_with(*callbacks: Callback, **options: object) -> Trainer:
+        ddp = DDPStrategy(process_group_backend="gloo") if world > 1 else "auto"
+        own = {"devices": world, "strategy": ddp, "precision": "64-true"}
+        return make_trainer(*callbacks, **{**own, "use_distributed_sampler": False, **options})
 
     duo = DuoCallback(
-        plain_net, optimizer=sgd, probe=0.5, summary=rank == 0, target_accuracy=0.3, delta=0.3
+        plain_net, optimizer=sgd, probe=0.5, summary=rank == 0, target_accuracy=0.2, delta=0.3
     )
-    strategy = DDPStrategy(process_group_backend="gloo") if world > 1 else "auto"
-    trainer = make_trainer(
-        duo,
-        max_epochs=2,
-        devices=world,
-        strategy=strategy,
-        use_distributed_sampler=False,
-        accumulate_grad_batches=2,
-        num_sanity_val_steps=0 if empty else 2,
-    )
+    # Its normalisation statistics differ between processes until they are made the same.
+    other = DuoCallback(small_net, name="other", optimizer=sgd, summary=False)
+    sanity = {"num_sanity_val_steps": 0 if empty else 2}
+    trainer = trainer_with(duo, other, accumulate_grad_batches=2, **sanity)
 
-    def part(data: TensorDataset, batch: int, *, empty: bool) -> DataLoader:
+    def part(data: TensorDataset, batch: int) -> DataLoader:
         return DataLoader(Part(data, rank, world, empty=empty), batch)
 
     module = PlainClassifier()
-    train = DataLoader(Subset(TRAIN, range(rank, len(TRAIN), world)), 16 // world)
-    trainer.fit(module, train, part(VAL, 8, empty=empty and world > 1))
-    weights = {k: v.double().sum().item() for k, v in duo._sidekick.model.state_dict().items()}
-    logged = {k: float(v) for k, v in trainer.callback_metrics.items() if "/val_" in k}
-    trainer.test(module, part(TEST, 8, empty=empty and world > 1), verbose=False)
-    return {
-        "temperatures": duo.fit.temperatures,
-        "threshold": duo.calibration.threshold,
-        "weights": weights,
-        "logged": logged,
-        "test": duo.results["test"],
+    # 60 samples: the last batch is smaller.
+    train = DataLoader(Subset(TRAIN, range(rank, 60, world)), 16 // world)
+    trainer.fit(module, train, part(VAL, 8))
+    sidekick, logged = duo._sidekick.model, trainer.callback_metrics
+    found = {
+        "temperatures": [*duo.fit.temperatures, duo.fit.nll],
+        "threshold": list(duo.calibration.threshold),
+        "weights": [float(v.double().sum()) for v in sidekick.state_dict().values()],
+        "logged": {k: float(v) for k, v in logged.items() if "/val_" in k and k[:5] != "other"},
+        "same on all": [digest(other._sidekick.model.state_dict()), *other.fit.temperatures],
     }
+    trainer.test(module, part(TEST, 8), verbose=False)
+    found["test"] = duo.results["test"]
+
+    # Two trained models: a process without samples does not even know the number of classes.
+    trained = DuoCallback(copy.deepcopy(sidekick), summary=False)
+    trainer_with(trained).validate(module, part(TEST, 8), verbose=False)
+    found["validated"] = [*trained.fit.temperatures, trained.fit.nll]
+
+    writer = PredictionWriter(folder / f"{world}.npz", probs=True)
+    predicting = trainer_with(writer, use_distributed_sampler=True)
+    images = DataLoader(VAL.tensors[0], 4)
+    predicting.predict(DuoPredictor(duo.module), images, return_predictions=False)
+    return found
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_two_processes_end_where_one_does(empty: bool, tmp_path: Path) -> None:
-    script = f"""
-import json, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_distributed
-rank = int(os.environ["LOCAL_RANK"])
-found = test_distributed.run(rank, 2, empty={empty})
-open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(found))
-"""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000 + empty)}
+def launch(script: str, folder: Path, port: int) -> list[dict]:
+    """Run a script in two processes as torchrun does; returns what each wrote."""
+    environment = {
+        # Lightning reseeds every process with a global seed it finds here.
+        **{k: v for k, v in os.environ.items() if k != "PL_GLOBAL_SEED"},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + (os.getpid() + port) % 2000),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={
-                # Lightning reseeds every process with a global seed it finds here.
-                **{k: v for k, v in os.environ.items() if k != "PL_GLOBAL_SEED"},
-                **address,
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "NODE_RANK": "0",
-                "GROUP_RANK": "0",
-                "RANK": str(rank),
-                "LOCAL_WORLD_SIZE": "2",
-                "TORCHELASTIC_RUN_ID": "test",
-                "OMP_NUM_THREADS": "1",
-            },
+            [sys.executable, "-c", start + script],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -124,28 +137,108 @@ open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(found))
     finally:
         for process in processes:
             process.kill()
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_two_processes_end_where_one_does(empty: bool, tmp_path: Path) -> None:
+    script = f"""
+import json, os, pathlib, test_distributed
+rank, folder = int(os.environ["LOCAL_RANK"]), pathlib.Path({str(tmp_path)!r})
+found = test_distributed.run(rank, 2, folder, empty={empty})
+(folder / f"{{rank}}.json").write_text(json.dumps(found))
+"""
+    first, second = launch(script, tmp_path, port=int(empty))
     assert first == second
 
-    alone = run(0, 1, empty=False)
-    assert first["temperatures"] == pytest.approx(list(alone["temperatures"]), rel=1e-4)
+    alone = run(0, 1, tmp_path, empty=False)
     assert 0 < first["threshold"][1] <= 1
-    assert first["threshold"] == pytest.approx(list(alone["threshold"]), rel=1e-4)
-    assert first["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-4)
-    assert first["logged"] == pytest.approx(alone["logged"], rel=1e-4, abs=1e-5, nan_ok=True)
+    for name in ("temperatures", "threshold", "weights", "validated"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-6, abs=1e-6), name
+    assert first["logged"] == pytest.approx(alone["logged"], rel=1e-6, abs=1e-6, nan_ok=True)
     for form, values in alone["test"].items():
-        assert first["test"][form] == pytest.approx(values, rel=1e-4, abs=1e-5), form
+        assert first["test"][form] == pytest.approx(values, rel=1e-6, abs=1e-6), form
+    one, two = (np.load(tmp_path / f"{world}.npz") for world in (1, 2))
+    assert one["index"].tolist() == two["index"].tolist() == list(range(37))
+    np.testing.assert_allclose(one["probs"], two["probs"], rtol=1e-5)
 
 
-def test_strategies_that_split_the_base_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+SPAWN = """
+import json, sys, warnings
+sys.path.insert(0, {tests!r})
+from helpers import loader, make_trainer, small_images
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from test_distributed import PlainClassifier, plain_net
+from lightning_duo import DuoCallback
 
-    duo = DuoCallback(small_net, summary=False)
+if __name__ == "__main__":
+    duo, module = DuoCallback(plain_net, summary=False), PlainClassifier()
+    spawn = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+    keep = ModelCheckpoint({folder!r}, filename="kept", monitor="duo/val_nll")
+    trainer = make_trainer(duo, keep, devices=2, strategy=spawn, enable_checkpointing=True)
+    trainer.fit(module, loader(small_images(64, 1)), loader(small_images(40, 2)))
+    try:
+        duo.module
+    except Exception as error:
+        print(error)
+    logged = trainer.test(module, loader(small_images(32, 3)), ckpt_path={path!r}, verbose=False)
+    print(json.dumps(logged[0]))
+"""
+
+
+def test_what_spawned_processes_learn_is_in_their_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "kept.ckpt"
+    script = tmp_path / "spawn.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(SPAWN.format(tests=tests, folder=str(tmp_path), path=str(path)))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "the sidekick ends with them; keep it in checkpoints" in run.stderr
+    said, logged = run.stdout.splitlines()[-2:]
+    assert "no temperatures were fitted in this process" in said
+
+    duo, module = DuoCallback(plain_net, summary=False), PlainClassifier()
     trainer = make_trainer(duo)
+    data = loader(small_images(32, 3))
+    (expected,) = trainer.test(module, data, ckpt_path=path, verbose=False)
+    found = json.loads(logged)
+    del found["test_loss"], expected["test_loss"]  # the module logs that of the first process
+    assert found == pytest.approx(expected, rel=1e-4)
 
-    class Sharded:
+
+class Sharded(Classifier):
+    def configure_model(self) -> None:
         pass
 
-    monkeypatch.setattr(type(trainer), "strategy", Sharded())
-    with pytest.raises(MisconfigurationException, match="not with Sharded"):
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FSDPStrategy",
+        "ModelParallelStrategy",
+        "DeepSpeedStrategy",
+        "XLAStrategy",
+        "SingleDeviceXLAStrategy",
+    ],
+)
+def test_strategies_that_split_the_base_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At set-up; Lightning wants a GPU to make these Trainers, so the strategy is put in."""
+    duo = DuoCallback(small_net, summary=False)
+    trainer = make_trainer(duo)
+    strategy = getattr(strategies, name)
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy.__new__(strategy))
+    with pytest.raises(MisconfigurationException, match=f"not with {name}.*strategy=.ddp"):
+        duo.setup(trainer, Sharded(), "fit")
+
+
+@pytest.mark.parametrize("name", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
+def test_precisions_that_replace_layers_are_refused(name: str) -> None:
+    duo = DuoCallback(small_net, summary=False)
+    trainer = make_trainer(duo)
+    plugin = getattr(precision, name)
+    trainer.strategy.precision_plugin = plugin.__new__(plugin)
+    with pytest.raises(MisconfigurationException, match=f"{name}, which would replace"):
         duo.setup(trainer, Classifier(), "fit")
