@@ -55,7 +55,7 @@ def fingerprint(*models: nn.Module) -> int:
             if not parameter.is_complex()
         ]
         for value in torch.stack(sums).tolist() if sums else []:
-            found = (found * 1_000_003 + value) % 2**62
+            found = (found * 1_000_003 + value) % (2**61 - 1)
     return found
 
 
@@ -99,5 +99,5 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str) -> Non
     except RuntimeError as error:
         raise ValueError(
             f"the checkpoint's sidekick {name!r} has other weights than the one that was built; "
-            f"build it as it was when the checkpoint was saved: {error}"
+            f"build it as it was when the checkpoint was saved: {' '.join(str(error).split())}"
         ) from error
