@@ -18,6 +18,7 @@ from lightning_duo.batch import (
     check_targets,
     evaluating,
     has_forward,
+    read_batch,
 )
 from lightning_duo.calibration import Calibration
 from lightning_duo.cost import Cost, count_flops, count_parameters
@@ -34,12 +35,12 @@ class Pair:
 
     Args:
         sidekick: The sidekick, perhaps not built yet.
-        read_batch: ``batch -> (inputs, targets)``.
+        batch_fn: ``batch -> (inputs, targets)``.
         logits_fn: ``(module, inputs) -> logits``, or None.
     """
 
-    def __init__(self, sidekick: Sidekick, read_batch: BatchFn, logits_fn: LogitsFn | None) -> None:
-        self.sidekick, self.read_batch = sidekick, read_batch
+    def __init__(self, sidekick: Sidekick, batch_fn: BatchFn, logits_fn: LogitsFn | None) -> None:
+        self.sidekick, self.read_batch = sidekick, batch_fn
         self.base = BaseLogits(logits_fn)
         self._example: Tensor | None = None
         self._batch: tuple[Any, Tensor] | None = None
@@ -54,8 +55,11 @@ class Pair:
             watch: Whether to record the logits of the step.
             first: Whether to look closely at what the step does with the batch.
         """
-        with own_stream(module.device):
-            self._batch = self.read_batch(batch)
+        if self.read_batch is read_batch:  # ours draws nothing
+            self._batch = read_batch(batch)
+        else:
+            with own_stream(module.device):
+                self._batch = self.read_batch(batch)
         self._before = Snapshot(self._batch, copy=first)
         if watch:
             self.base.watch(module)
