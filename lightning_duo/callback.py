@@ -43,7 +43,7 @@ from lightning_duo.state import (
     STATE_VERSION,
     BestSidekick,
     check_state,
-    fingerprint,
+    fingerprints,
     load_weights,
 )
 from lightning_duo.summary import print_summary
@@ -173,8 +173,8 @@ class DuoCallback(Callback):
     def _forget_run(self) -> None:
         self.calibration, self.fitted_at_step, self.results = None, -1, {}
         # Fingerprints of the weights the temperatures are for, and of those validated last.
-        self._fitted_to: int | None = None
-        self._validated: int | None = None
+        self._fitted_to: list[int | None] | None = None
+        self._validated: list[int | None] | None = None
         self._best: BestSidekick | None = None
         self._run = ""  # tells the checkpoints of one run from those of another
         self._step = 0  # of the base in memory
@@ -201,7 +201,8 @@ class DuoCallback(Callback):
         """The duo as it is now: a deep copy in eval mode, which later training leaves alone.
 
         Raises:
-            MisconfigurationException: If no temperatures were fitted yet.
+            MisconfigurationException: If no temperatures were fitted yet, or each process holds a
+                shard of the base only.
             ValueError: If the base's logits can be computed neither by its forward nor by
                 ``logits_fn``.
         """
@@ -319,7 +320,8 @@ class DuoCallback(Callback):
         model = self._sidekick.model
         if self._fitted_to is None or model is None:
             return
-        if fingerprint(module, model) != self._fitted_to:
+        pairs = zip(fingerprints(module, model), self._fitted_to, strict=True)
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
             rank_zero_warn(
                 f"DuoCallback: the temperatures were fitted at step {self.fitted_at_step} and the "
                 f"weights of base or sidekick are others now (the base is at step {self._step}); "
@@ -495,7 +497,7 @@ class DuoCallback(Callback):
         self._collected.add(logits, dataloader_idx)
         if self._validated is None and self._sidekick.model is not None:
             # Here and not at the end: callbacks that average weights swap them for the batches.
-            self._validated = fingerprint(pl_module, self._sidekick.model)
+            self._validated = fingerprints(pl_module, self._sidekick.model)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

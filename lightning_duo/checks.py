@@ -4,11 +4,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
+
+SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
@@ -19,19 +26,25 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         stage: "fit", "validate" or "test".
 
     Raises:
-        MisconfigurationException: If the base is split over processes, the precision replaces
-            layers, or there is nothing to fit the temperatures on.
+        MisconfigurationException: If the strategy is not supported, the precision replaces layers,
+            or there is nothing to fit the temperatures on.
     """
     strategy = trainer.strategy
     # Some that are neither are made from these.
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(
+    if not isinstance(strategy, SUPPORTED) or isinstance(
         strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy
     ):
         raise MisconfigurationException(
-            f"DuoCallback runs on one device or with DDP, not with {type(strategy).__name__}: the "
-            "base's weights must be whole in each process, on a CPU or a GPU; use "
-            'Trainer(strategy="ddp")'
+            f"DuoCallback runs on one CPU or GPU, with DDP, or with FSDP2, not with "
+            f'{type(strategy).__name__}; use Trainer(strategy="ddp") or ModelParallelStrategy'
         )
+    if isinstance(strategy, ModelParallelStrategy):
+        copies = strategy.device_mesh["tensor_parallel"].size()
+        if copies > 1:
+            raise MisconfigurationException(
+                f"DuoCallback runs with ModelParallelStrategy as long as every process sees other "
+                f"samples, but with tensor_parallel_size={copies} some see the same; set it to 1"
+            )
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision | TransformerEnginePrecision):
         raise MisconfigurationException(
             f"DuoCallback does not run with {type(trainer.precision_plugin).__name__}, which would "

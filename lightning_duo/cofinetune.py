@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -196,11 +195,13 @@ class SidekickTrainer:
         self.scheduler = self.recipe.make_scheduler(self.optimizer, steps)
         self._parallel: nn.Module = self.model
         strategy = self.trainer.strategy
-        if self.trainer.world_size > 1 and isinstance(strategy, DDPStrategy):
+        if self.trainer.world_size > 1:  # whole in every process, whatever becomes of the base
+            options = getattr(strategy, "_ddp_kwargs", {})
+            device = strategy.root_device
             self._parallel = DistributedDataParallel(
                 self.model,
-                device_ids=strategy.determine_ddp_device_ids(),
-                find_unused_parameters=strategy._ddp_kwargs.get("find_unused_parameters", False),
+                device_ids=None if device.type == "cpu" else [device.index],
+                find_unused_parameters=options.get("find_unused_parameters", False),
             )
 
     def stop(self) -> None:

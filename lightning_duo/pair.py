@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
 from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import Sidekick, sidekick_logits
+from lightning_duo.state import is_sharded
 
 _STAGES = ("training", "validation", "test", "predict")
 
@@ -115,7 +117,7 @@ class Pair:
 
     def cost(self, module: LightningModule) -> Cost | None:
         """FLOPs of both models for one sample, and parameters; None if they can't be counted."""
-        if self._example is None or self.sidekick.model is None:
+        if self._example is None or self.sidekick.model is None or is_sharded(module):
             return None
         sidekick = self.sidekick.deployable()
         try:
@@ -133,11 +135,18 @@ class Pair:
         Raises:
             ValueError: If the base's logits can be computed neither by its forward nor by the
                 user's ``logits_fn``.
+            MisconfigurationException: If the base is sharded.
         """
         if self.base.logits_fn is None and not has_forward(module):
             raise ValueError(
                 f"{type(module).__name__} has no forward, so the duo cannot call it; define "
                 "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+            )
+        if is_sharded(module):
+            raise MisconfigurationException(
+                "each process holds a shard of the base only, so no duo can be copied; save with "
+                "ModelParallelStrategy(save_distributed_checkpoint=False), then in one process "
+                "trainer.validate(model, data, ckpt_path=...) and callback.module"
             )
         self.base.unwatch()
         # Copied in one go, so that neither copy refers to an original.

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
 from lightning_duo import __version__
@@ -34,9 +36,16 @@ class BestSidekick:
         return {"nll": self.nll, "step": self.step, "weights": self.weights}
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds a part of the module's weights only (FSDP2)."""
+    return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in module.parameters()
+    )
+
+
 @torch.no_grad()
-def fingerprint(*models: nn.Module) -> int:
-    """A number that changes with the parameters of the models, the same on every device.
+def fingerprint(module: nn.Module) -> int | None:
+    """A number that changes with the parameters, the same on every device; None if sharded.
 
     Bits are summed as integers, so the order of summation does not matter.
 
@@ -47,16 +56,22 @@ def fingerprint(*models: nn.Module) -> int:
         >>> fingerprint(layer) == before
         False
     """
+    if is_sharded(module):
+        return None
+    sums = [
+        parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum()
+        for parameter in module.parameters()
+        if not parameter.is_complex()
+    ]
     found = 0
-    for model in models:
-        sums = [
-            parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum()
-            for parameter in model.parameters()
-            if not parameter.is_complex()
-        ]
-        for value in torch.stack(sums).tolist() if sums else []:
-            found = (found * 1_000_003 + value) % (2**61 - 1)
+    for value in torch.stack(sums).tolist() if sums else []:
+        found = (found * 1_000_003 + value) % (2**61 - 1)
     return found
+
+
+def fingerprints(*modules: nn.Module) -> list[int | None]:
+    """The `fingerprint` of each."""
+    return [fingerprint(module) for module in modules]
 
 
 def check_state(state: dict[str, Any], name: str, num_classes: int | None) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from helpers import Classifier, digest, loader, make_trainer, small_images, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, strategies
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import precision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_duo import DuoCallback, DuoPredictor, PredictionWriter
@@ -163,12 +166,92 @@ found = test_distributed.run(rank, 2, folder, empty={empty})
     np.testing.assert_allclose(one["probs"], two["probs"], rtol=1e-5)
 
 
+class ShardedClassifier(PlainClassifier):
+    """Splits itself where it is told a mesh of processes, as FSDP2 wants it."""
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None and not isinstance(self.net, FSDPModule):
+            for part in (self.net[1], self.net):
+                fully_shard(part, mesh=self._device_mesh["data_parallel"])
+
+
+def run_sharded(rank: int, world: int, folder: Path) -> dict:
+    """Fit with a base of which every process holds a shard; test; validate."""
+    torch.manual_seed(0)
+
+    def trainer_with(*callbacks: Callback, **options: object) -> Trainer:
+        fsdp = ModelParallelStrategy(2, 1, False, process_group_backend="gloo")
+        options["strategy"] = fsdp if world > 1 else "auto"
+        return make_trainer(*callbacks, devices=world, use_distributed_sampler=False, **options)
+
+    def part(data: TensorDataset, batch: int) -> DataLoader:
+        return DataLoader(Subset(data, range(rank, len(data), world)), batch // world)
+
+    duo = DuoCallback(plain_net, optimizer=sgd, probe=0.5, summary=False)
+    keep = ModelCheckpoint(folder, filename=f"{world}", save_weights_only=False)
+    trainer = trainer_with(duo, keep, enable_checkpointing=True, accumulate_grad_batches=2)
+    module = ShardedClassifier()
+    val, test = small_images(40, 2), small_images(24, 3)
+    trainer.fit(module, part(TRAIN, 16), part(val, 8))
+    found = {
+        "temperatures": [*duo.fit.temperatures, duo.fit.nll],
+        "weights": [float(v.double().sum()) for v in duo._sidekick.model.state_dict().values()],
+        "logged": {k: float(v) for k, v in trainer.callback_metrics.items() if "/val_" in k},
+    }
+    trainer.test(module, part(test, 8), verbose=False)
+    found["test"] = duo.results["test"]["duo"]
+    if world > 1:
+        with pytest.raises(MisconfigurationException, match="holds a shard of the base only"):
+            _ = duo.module
+        return found
+    # One process takes over the checkpoint of two, and makes the duo.
+    other, whole = DuoCallback(plain_net, summary=False), ShardedClassifier()
+    path = folder / "2.ckpt"
+    trainer_with(other).test(whole, part(test, 8), ckpt_path=path, verbose=False)
+    found["tested"] = other.results["test"]["duo"]
+    trainer_with(other).validate(whole, part(val, 8), ckpt_path=path, verbose=False)
+    found["refitted"] = [*other.fit.temperatures, other.fit.nll]
+    assert other.module(val.tensors[0]).probs.shape == (40, 4)
+    return found
+
+
+def test_a_base_in_shards_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+    """FSDP2; Lightning allows it no float64."""
+    script = f"""
+import json, os, pathlib, test_distributed
+rank, folder = int(os.environ["LOCAL_RANK"]), pathlib.Path({str(tmp_path)!r})
+found = test_distributed.run_sharded(rank, 2, folder)
+(folder / f"{{rank}}.json").write_text(json.dumps(found))
+"""
+    first, second = launch(script, tmp_path, port=2)
+    assert first == second
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DuoCallback")
+        alone = run_sharded(0, 1, tmp_path)
+    assert alone.pop("tested") == pytest.approx(first["test"], rel=1e-4, abs=1e-5)
+    assert alone.pop("refitted") == pytest.approx(first["temperatures"], rel=1e-4)
+    for name, value in alone.items():
+        assert first[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
+def test_tensor_parallel_bases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    duo = DuoCallback(small_net, summary=False)
+    trainer = make_trainer(duo)
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": torch.zeros(2)}  # whose size() is read
+    strategy._device_mesh["tensor_parallel"].size = lambda: 2
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
+    with pytest.raises(MisconfigurationException, match="tensor_parallel_size=2 some see the same"):
+        duo.setup(trainer, Classifier(), "fit")
+
+
 SPAWN = """
 import json, sys, warnings
 sys.path.insert(0, {tests!r})
 from helpers import loader, make_trainer, small_images
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_distributed import PlainClassifier, plain_net
 from lightning_duo import DuoCallback
 
@@ -207,16 +290,10 @@ def test_what_spawned_processes_learn_is_in_their_checkpoints(tmp_path: Path) ->
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-class Sharded(Classifier):
-    def configure_model(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "FSDPStrategy",
-        "ModelParallelStrategy",
         "DeepSpeedStrategy",
         "XLAStrategy",
         "SingleDeviceXLAStrategy",
@@ -231,7 +308,7 @@ def test_strategies_that_split_the_base_are_refused(
     strategy = getattr(strategies, name)
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy.__new__(strategy))
     with pytest.raises(MisconfigurationException, match=f"not with {name}.*strategy=.ddp"):
-        duo.setup(trainer, Sharded(), "fit")
+        duo.setup(trainer, Classifier(), "fit")
 
 
 @pytest.mark.parametrize("name", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
