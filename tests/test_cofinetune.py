@@ -1,16 +1,20 @@
 """The sidekick's training against a plain loop that does what the recipe says."""
 
 import copy
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import Classifier, loader, make_trainer, small_images, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from lightning_duo import DuoCallback
-from lightning_duo.cofinetune import Recipe
+from lightning_duo.cofinetune import Recipe, SidekickTrainer
 
 TRAIN, VAL = small_images(96, seed=1), small_images(64, seed=2)
 
@@ -131,3 +135,86 @@ def test_what_makes_optimizers_must_be_callable(name: str) -> None:
 def test_probe_must_be_a_fraction(probe: float) -> None:
     with pytest.raises(ValueError, match="fraction of the training"):
         Recipe(probe=probe)
+
+
+def planned(**options: object) -> int | None:
+    """What the callback takes as the length of training."""
+    duo = DuoCallback(small_net, probe=0.5, summary=False)
+    steps = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            steps.append(duo._training.total)
+
+    module = options.pop("module", Classifier)()
+    beside = options.pop("beside", [])
+    make_trainer(duo, Look(), *beside, **options).fit(module, loader(TRAIN), loader(VAL))
+    assert len(set(steps)) == 1
+    assert duo._training_state["updates"] == steps[0]
+    return steps[0]
+
+
+class TwoOptimizers(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> list:
+        return [torch.optim.SGD(self.parameters(), 0.01) for _ in range(2)]
+
+
+def test_steps_of_several_optimizers_are_not_batches() -> None:
+    """max_steps counts every optimizer's steps: 20 of them are 10 batches here."""
+    assert planned(module=TwoOptimizers, max_steps=20, max_epochs=9) == 10
+    assert planned(module=TwoOptimizers, max_epochs=2) == 12
+
+
+def test_the_length_of_training_is_foreseen() -> None:
+    """6 batches an epoch."""
+    assert planned(max_epochs=3) == 18
+    assert planned(max_epochs=3, max_steps=8, val_check_interval=1) == 8
+    assert planned(max_epochs=3, accumulate_grad_batches=4) == 6
+    growing = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
+    assert planned(max_epochs=4, beside=[growing]) == 6 + 3 + 2 + 2
+
+
+def test_every_step_draws_other_numbers_from_every_stream() -> None:
+    """Also where nobody else advances them."""
+    drawn: list[tuple] = []
+
+    def draw(x: torch.Tensor) -> torch.Tensor:
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return x
+
+    duo = DuoCallback(small_net, sidekick_transform=draw, summary=False)
+    make_trainer(duo, num_sanity_val_steps=0, limit_val_batches=1).fit(
+        Classifier(), loader(TRAIN), loader(VAL)
+    )
+    trained = drawn[:6] + drawn[7:13]  # a validation after 6 steps
+    for stream in zip(*trained, strict=True):
+        assert len(set(stream)) == 12
+
+
+def test_batch_norm_is_synchronised_as_the_bases_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are synchronised layers for GPUs only, so the device is made up and no step taken."""
+    sync = TorchSyncBatchNorm()
+    model = small_net()
+    trainer = make_trainer()
+    for device, expected in (("cpu", nn.BatchNorm1d), ("cuda", nn.SyncBatchNorm)):
+        strategy = SimpleNamespace(
+            root_device=torch.device(device), _layer_sync=sync, broadcast=lambda value: value
+        )
+        monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: None)
+        strategy.precision_plugin = None
+        strategy.world_size = 1
+        training = SidekickTrainer(model, 4, Recipe(probe=0), trainer, None)
+        assert isinstance(model[2], expected)
+        training.stop()
+        assert not isinstance(model[2], nn.SyncBatchNorm)
