@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, digest, loader, make_trainer, small_images, small_net
+from helpers import Classifier, Restless, digest, loader, make_trainer, small_images, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -107,6 +107,50 @@ def run(rank: int, world: int, folder: Path, *, empty: bool) -> dict:
     images = DataLoader(VAL.tensors[0], 4)
     predicting.predict(DuoPredictor(duo.module), images, return_predictions=False)
     return found
+
+
+class StopEarly(Callback):
+    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
+        trainer.should_stop = True
+
+
+def run_in_parts(rank: int, folder: Path) -> list[str]:
+    """Train in one go, and stopped and resumed; returns the hashes of how each ends."""
+    train = DataLoader(Subset(TRAIN, range(rank, 60, 2)), 8)
+    val = DataLoader(Subset(VAL, range(rank, 36, 2)), 8)
+    ends = []
+    for beside in ([], [StopEarly()]):
+        path = folder / f"last{len(beside)}.ckpt"
+        for part in [*beside, None]:  # the last goes to the end
+            torch.manual_seed(rank)  # unlike on every process, as without seed_everything
+            duo, module = DuoCallback(Restless, optimizer=sgd, summary=False), PlainClassifier()
+            keep = ModelCheckpoint(folder, filename=path.stem, enable_version_counter=False)
+            trainer = make_trainer(
+                duo,
+                keep,
+                *([part] if part else []),
+                devices=2,
+                strategy=DDPStrategy(process_group_backend="gloo"),
+                use_distributed_sampler=False,
+                enable_checkpointing=True,
+            )
+            resume = path if beside and part is None else None
+            trainer.fit(module, train, val, ckpt_path=resume)
+        assert trainer.global_step == 8
+        states = [module.state_dict(), duo._sidekick.model.state_dict(), duo._training_state]
+        ends.append(digest([*states, *duo.fit.temperatures, duo._best.step]))
+    return ends
+
+
+def test_two_processes_resume_to_the_bit(tmp_path: Path) -> None:
+    script = f"""
+import json, os, pathlib, test_distributed
+rank, folder = int(os.environ["LOCAL_RANK"]), pathlib.Path({str(tmp_path)!r})
+found = test_distributed.run_in_parts(rank, folder)
+(folder / f"{{rank}}.json").write_text(json.dumps(found))
+"""
+    for whole, resumed in launch(script, tmp_path, port=3):
+        assert whole == resumed
 
 
 def launch(script: str, folder: Path, port: int) -> list[dict]:
