@@ -177,7 +177,7 @@ class DuoCallback(Callback):
         self._validated: list[int | None] | None = None
         self._best: BestSidekick | None = None
         self._run = ""  # tells the checkpoints of one run from those of another
-        self._step = 0  # of the base in memory
+        self._step = 0  # of the base in memory; -1 if not known
 
     @property
     @override
@@ -307,6 +307,7 @@ class DuoCallback(Callback):
                 "test without ckpt_path"
             )
         rank_zero_warn(f"DuoCallback: {what}; the sidekick goes on from what is in memory")
+        self._step = -1  # it does not say
 
     def _check_loaders(self, trainer: Trainer) -> None:
         loaders = len(trainer.num_val_batches)  # 0 as long as they are not set up
@@ -465,8 +466,9 @@ class DuoCallback(Callback):
         if self._best is None or self._sidekick.model is None:
             return
         load_weights(self._sidekick.model, self._best.weights, self._sidekick.name)
+        step = self._step if self._step >= 0 else "that is not known"
         rank_zero_info(
-            f"DuoCallback: the base of step {self._step} is paired with the sidekick of step "
+            f"DuoCallback: the base of step {step} is paired with the sidekick of step "
             f"{self._best.step}, whose validation loss of {self._best.nll:.4f} is its lowest"
         )
 

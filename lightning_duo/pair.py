@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_duo.batch import (
@@ -135,7 +136,7 @@ class Pair:
         Raises:
             ValueError: If the base's logits can be computed neither by its forward nor by the
                 user's ``logits_fn``.
-            MisconfigurationException: If the base is sharded.
+            MisconfigurationException: If the base is sharded, or cannot be copied.
         """
         if self.base.logits_fn is None and not has_forward(module):
             raise ValueError(
@@ -149,9 +150,7 @@ class Pair:
                 "trainer.validate(model, data, ckpt_path=...) and callback.module"
             )
         self.base.unwatch()
-        # Copied in one go, so that neither copy refers to an original.
-        base: nn.Module
-        base, sidekick = copy.deepcopy((module, self.sidekick.deployable()))
+        base, sidekick = _copies(module, self.sidekick.deployable())
         if getattr(base, "_compiler_ctx", None) is not None:
             # Lightning keeps the compiled methods of `torch.compile(module)` on the instance, and
             # a copied function still runs the original's weights.
@@ -161,6 +160,21 @@ class Pair:
             base = _Through(self.base.logits_fn, base)
         duo = calibration.module(base, sidekick)
         return duo.to(module.device).requires_grad_(False).eval()
+
+
+def _copies(base: nn.Module, sidekick: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Deep copies made in one go, so that neither refers to an original."""
+    # Losses and outputs that the user's steps have kept on the module are no leaves of autograd,
+    # which refuse to be copied.
+    kept = [leaf for part in base.modules() for leaf in tree_leaves(list(vars(part).values()))]
+    memo = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    try:
+        return copy.deepcopy((base, sidekick), memo)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"{type(base).__name__} or the sidekick cannot be copied ({type(error).__name__}: "
+            f"{error}); give it a __deepcopy__ or take away the attribute that cannot be copied"
+        ) from error
 
 
 class _Through(nn.Module):

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import lightning as L
@@ -146,6 +147,21 @@ def test_module_is_a_deployable_copy(tmp_path: Path) -> None:
     deployed.save(tmp_path / "duo.safetensors")
     loaded = DuoModule.load(tmp_path / "duo.safetensors", Classifier(), small_net())
     assert torch.equal(loaded(x).probs, output.probs)
+
+
+def test_what_steps_keep_on_the_module_does_not_keep_it_from_being_copied() -> None:
+    class Keeps(Classifier):
+        def training_step(self, batch: list, batch_idx: int) -> Tensor:
+            self.last = {"losses": [super().training_step(batch, batch_idx)]}
+            return self.last["losses"][0]
+
+    duo, module = make_duo(), Keeps()
+    make_trainer(duo).fit(module, loader(TRAIN), loader(VAL))
+    assert not module.last["losses"][0].is_leaf
+    torch.testing.assert_close(duo.module.base(VAL.tensors[0]), logits_of(module, VAL)[0])
+    module.lock = threading.Lock()
+    with pytest.raises(MisconfigurationException, match="Keeps or the sidekick cannot be copied"):
+        _ = duo.module
 
 
 def test_the_sidekick_may_see_other_inputs(tmp_path: Path) -> None:
