@@ -1,11 +1,13 @@
+import os
 from pathlib import Path
 
 import lightning as L
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     L.seed_everything(7, verbose=False)
