@@ -38,7 +38,7 @@ from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.randomness import own_stream
-from lightning_duo.sidekick import Sidekick, SidekickSource, check_model
+from lightning_duo.sidekick import Sidekick, check_model
 from lightning_duo.state import (
     STATE_VERSION,
     BestSidekick,
@@ -48,6 +48,7 @@ from lightning_duo.state import (
 )
 from lightning_duo.summary import print_summary
 from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
+from lightning_duo.zoo import SidekickSource
 
 
 class DuoCallback(Callback):

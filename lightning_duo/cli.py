@@ -155,7 +155,7 @@ def _cost(
     import torch
 
     from lightning_duo.cost import measure_cost
-    from lightning_duo.sidekick import build_sidekick
+    from lightning_duo.zoo import build_sidekick
 
     first, second = (
         _call(part, spec) if ":" in spec else build_sidekick(spec, classes, pretrained=False)
@@ -254,7 +254,7 @@ def _build(part: str, spec: str, duo: str) -> "nn.Module":
     if ":" in spec:
         return _call(part, spec)
     from lightning_duo.module import read_header
-    from lightning_duo.sidekick import build_sidekick, head_parameters
+    from lightning_duo.zoo import build_sidekick, head_parameters
 
     _, shapes = read_header(duo)
     # The head's last parameter, its bias if it has one, begins with the classes.

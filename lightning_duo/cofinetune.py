@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_duo.randomness import own_stream
-from lightning_duo.sidekick import head_parameters, sidekick_logits
+from lightning_duo.sidekick import sidekick_logits
+from lightning_duo.zoo import head_parameters
 
 OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]

@@ -25,6 +25,7 @@ ORDER = [
     "arrays",
     "logits",
     "calibration",
+    "zoo",
     "sidekick",
     "cofinetune",
     "cost",

@@ -15,12 +15,12 @@ from torch import nn
 from lightning_duo import DuoModule
 from lightning_duo.cli import main
 from lightning_duo.export import Format
-from lightning_duo.sidekick import build_sidekick
+from lightning_duo.zoo import build_sidekick
 
 MODELS = """
 from torch import nn
 from torchvision.transforms import v2
-from lightning_duo.sidekick import build_sidekick
+from lightning_duo.zoo import build_sidekick
 
 class Base(nn.Sequential):
     def __init__(self):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_duo import DuoCallback, sidekick
-from lightning_duo.sidekick import Sidekick, build_sidekick
+from lightning_duo.sidekick import Sidekick
+from lightning_duo.zoo import build_sidekick, head_parameters
 
 X = torch.randn(2, 3, 64, 64)
 SMALL = "resnet10t"
@@ -22,7 +23,7 @@ SMALL = "resnet10t"
 def test_named_sidekicks_have_the_wanted_classes_and_no_opinion(source: str) -> None:
     model = build_sidekick(source, 7, pretrained=False).eval()
     assert torch.equal(model(X), torch.zeros(2, 7))
-    head = sidekick.head_parameters(model, 7)
+    head = head_parameters(model, 7)
     assert 1 <= len(head) <= 2
     assert head[0][1].shape[0] == 7
 
@@ -168,7 +169,7 @@ def test_every_new_head_can_learn(name: str) -> None:
     assert torch.equal(logits, torch.zeros(4, 4))
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    weights = [p for n, p in sidekick.head_parameters(model, 4) if p.ndim > 1]
+    weights = [p for n, p in head_parameters(model, 4) if p.ndim > 1]
     assert max(float(p.grad.abs().max()) for p in weights if p.grad is not None) > 0
 
 
@@ -178,9 +179,9 @@ def test_the_head_is_the_layer_with_the_scores() -> None:
             super().__init__()
             self.head, self.body = nn.Linear(8, 4), nn.Linear(192, 8)
 
-    names = [name for name, _ in sidekick.head_parameters(HeadFirst(), 4)]
+    names = [name for name, _ in head_parameters(HeadFirst(), 4)]
     assert names == ["head.weight", "head.bias"]
-    assert sidekick.head_parameters(HeadFirst(), 5) == []
+    assert head_parameters(HeadFirst(), 5) == []
 
 
 def test_unknown_tags_are_refused_at_once() -> None:
