@@ -9,6 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 INPUT_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
@@ -83,23 +84,41 @@ def read_inputs(batch: Any) -> Any:
     return inputs
 
 
+def check_read(found: Any) -> None:
+    """Raise ValueError if what ``batch_fn`` returned is no (inputs, targets)."""
+    if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else _describe(found)
+        raise ValueError(f"batch_fn must return (inputs, targets), got {what}")
+    if not isinstance(found[1], Tensor):
+        raise ValueError(
+            "batch_fn must return (inputs, targets) with targets as a tensor of class indices, got "
+            f"{type(found[1]).__name__}"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the values are equal, NaN to NaN too."""
+    return one.shape == other.shape and bool(torch.isclose(one, other, 0, 0, equal_nan=True).all())
+
+
 class Snapshot:
     """The tensors of a batch before a step, to tell whether the step changes them in place.
 
     Args:
         batch: Inputs and targets, nested as they come.
-        copy: Whether to copy tensors made in inference mode, which count no changes.
+        copy: Whether to compare values too: tensors made in inference mode count no changes, nor
+            do others where they are changed behind autograd's back.
     """
 
     def __init__(self, batch: Any, *, copy: bool) -> None:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._counted = [(t, t._version) for t in tensors if not t.is_inference()]
-        self._copied = [(t, t.clone()) for t in tensors if copy and t.is_inference()]
+        self._copied = [(t, t.clone()) for t in tensors] if copy else []
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if a tensor is not what it was."""
         changed = [t for t, version in self._counted if t._version != version]
-        changed += [t for t, copy in self._copied if not torch.equal(t, copy)]
+        changed += [t for t, copy in self._copied if not _same(t, copy)]
         if changed:
             raise ValueError(
                 f"{type(module).__name__} changed the batch in place (the tensor of shape "
@@ -232,7 +251,7 @@ class BaseLogits:
         """Record what the module's forward returns in the step that begins, until `unwatch`."""
         self._seen.clear()
         if self.logits_fn is None and self._handle is None:
-            self._handle = module.register_forward_hook(self._record)
+            self._handle = module.register_forward_hook(self._record, with_kwargs=True)
 
     def unwatch(self) -> None:
         """Stop recording and forget what was recorded."""
@@ -241,10 +260,13 @@ class BaseLogits:
         self._handle = None
         self._seen.clear()
 
-    def _record(self, _module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _record(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Other callbacks may call the module too; Lightning says whose turn it is.
+        if not (getattr(module, "_current_fx_name", None) or "a_step").endswith("_step"):
+            return
         logits = as_logits(output)
         if logits is not None:
-            self._seen.append((args[0] if args else None, logits.detach()))
+            self._seen.append((next(iter((*args, *kwargs.values())), None), logits.detach()))
 
     def of(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> Tensor:
         """Logits (N, K) of the batch whose step just returned ``outputs``.
@@ -260,7 +282,7 @@ class BaseLogits:
         """
         seen, self._seen = self._seen, []
         if self.logits_fn is not None:
-            with evaluating(module):
+            with evaluating(module), keeping_buffers(module):
                 return self._checked(self.logits_fn(module, inputs), targets)
         logits = as_logits(outputs)
         if logits is None or len(logits) != len(targets):
@@ -290,7 +312,7 @@ class BaseLogits:
         if len(candidates) == 1 and not self._compared:
             self._compared = True
             self._compare(fitting, inputs)
-        if len(candidates) > 1:
+        if len(candidates) > 1 and not all(torch.equal(candidates[0], c) for c in candidates):
             raise ValueError(
                 f"the step called the module's forward {len(candidates)} times and each gave "
                 f"logits for {len(targets)} samples, so it is unclear which are the prediction; "
@@ -329,10 +351,32 @@ class BaseLogits:
                 'runs once more per batch to get them; return {"logits": ...} to avoid that'
             )
             self._announced = True
-        with evaluating(module):
+        with evaluating(module), keeping_buffers(module):
             logits = call_base(module, inputs)
         self._seen.clear()
         return logits
+
+
+class LogitsOf(nn.Module):
+    """A base whose logits a ``logits_fn`` computes, as it is part of a duo.
+
+    Args:
+        logits_fn: ``(module, inputs) -> logits (N, K)``.
+        module: The base.
+
+    Example:
+        >>> base = LogitsOf(lambda module, x: 2 * module(x), nn.Linear(4, 3))
+        >>> base(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, logits_fn: LogitsFn, module: nn.Module) -> None:
+        super().__init__()
+        self.logits_fn, self.module = logits_fn, module
+
+    @override
+    def forward(self, x: Any) -> Tensor:
+        return self.logits_fn(self.module, x)
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -352,6 +396,25 @@ def evaluating(module: nn.Module) -> Generator[None, None, None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Generator[None, None, None]:
+    """Undo what a forward that the user does not know of does to buffers, such as counters."""
+    kept = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, name, buffer, values in kept:
+                part._buffers[name] = buffer
+                if not _same(buffer, values):
+                    buffer.copy_(values)
 
 
 def call_base(module: nn.Module, inputs: Any) -> Tensor:

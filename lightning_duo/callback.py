@@ -38,7 +38,7 @@ from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.randomness import own_stream
-from lightning_duo.sidekick import Sidekick, check_model
+from lightning_duo.sidekick import Sidekick, check_model, share_weights
 from lightning_duo.state import (
     STATE_VERSION,
     BestSidekick,
@@ -63,15 +63,17 @@ class DuoCallback(Callback):
     Your module, its optimizer and its random numbers are left as they would be without the
     callback.
 
-    `Trainer.validate` pairs the base it is given, say by ``ckpt_path="best"``, with the sidekick
-    whose validation loss was lowest, and refits. In the process that trained that is the best of
-    the whole run, else the best up to that checkpoint.
+    `Trainer.validate` refits. Given a checkpoint, say by ``ckpt_path="best"``, it pairs its base
+    with the sidekick whose validation loss, at its own best temperature, was lowest: in the process
+    that trained, of the whole run, else up to that checkpoint. `Trainer.test` without ``ckpt_path``
+    then measures that pair.
 
     With a ``target_accuracy`` the confidence from which predictions are accepted is chosen on the
     same samples, logged as ``duo/threshold``, and part of checkpoints and of `module`;
     ``duo/{val|test}_coverage`` and ``duo/{val|test}_selective_accuracy`` say what it accepts.
 
-    The metrics of further dataloaders have ``/loader_<i>`` behind their names, i = 1, 2, ...
+    The metrics of further dataloaders have ``/dataloader_idx_<i>`` behind their names, i = 1, 2,
+    ...; those without usable targets are not measured.
 
     Args:
         sidekick: A timm name ("resnet34"), "torchvision/<name>", an ``nn.Module``, or a callable
@@ -135,6 +137,8 @@ class DuoCallback(Callback):
         name: str | None = None,
     ) -> None:
         super().__init__()
+        if name == "":
+            raise ValueError("name must not be empty; leave it out, or pass a name")
         if calibration_loader < 0:
             raise ValueError(f"calibration_loader must be 0, 1, ..., got {calibration_loader}")
         self._name = name
@@ -166,7 +170,9 @@ class DuoCallback(Callback):
         self._module: LightningModule | None = None
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
-        self._restored = self._predicting = False
+        self._restored = self._predicting = self._paired_anew = False
+        self._said: list[str] = []
+        self._me = f"DuoCallback {name!r}" if name else "DuoCallback"
         self._forget_run()
         self._collected = Collected()
         self._metrics: dict[int, DuoMetrics] = {}
@@ -272,6 +278,12 @@ class DuoCallback(Callback):
             if stage == "fit":
                 check_trainable(sidekick)
         if stage == "fit":
+            if trainer.precision == "16-true" and self._recipe.optimizer is None:
+                raise MisconfigurationException(
+                    "AdamW, the sidekick's default, cannot train weights in float16; pass "
+                    "DuoCallback(..., optimizer=functools.partial(torch.optim.SGD, lr=0.01)), or "
+                    'use precision "16-mixed" or "bf16-true"'
+                )
             # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
             # otherwise, which is read after this.
             self._training = self._training_state = self._best = None
@@ -288,12 +300,11 @@ class DuoCallback(Callback):
                     "two DuoCallbacks of a Trainer need different names; pass "
                     'DuoCallback(..., name="small") to one of them'
                 )
-            if self._sidekick.module is not None and (
-                self._sidekick.module is other._sidekick.module
-            ):
+            mine, its = self._sidekick.module, other._sidekick.module
+            if mine is not None and its is not None and share_weights(mine, its):
                 raise MisconfigurationException(
-                    "two DuoCallbacks train the same sidekick; give each a model of its own "
-                    "(copy.deepcopy it)"
+                    "two DuoCallbacks train the same sidekick, or a part of it; give each a model "
+                    "of its own (copy.deepcopy it)"
                 )
 
     def _check_restored(self, trainer: Trainer) -> None:
@@ -307,15 +318,15 @@ class DuoCallback(Callback):
                 "DuoCallback and save_weights_only=False, or refit with trainer.validate first and "
                 "test without ckpt_path"
             )
-        rank_zero_warn(f"DuoCallback: {what}; the sidekick goes on from what is in memory")
+        rank_zero_warn(f"{self._me}: {what}; the sidekick goes on from what is in memory")
         self._step = -1  # it does not say
 
     def _check_loaders(self, trainer: Trainer) -> None:
         loaders = len(trainer.num_val_batches)  # 0 as long as they are not set up
         if loaders and self._calibration_loader >= loaders:
             raise MisconfigurationException(
-                f"calibration_loader is {self._calibration_loader}, but the validation dataloaders "
-                f"are {loaders}, counted from 0"
+                f"calibration_loader is {self._calibration_loader}, but the number of validation "
+                f"dataloaders is {loaders}, and the first of them is 0"
             )
 
     def _warn_if_stale(self, module: LightningModule) -> None:
@@ -325,7 +336,7 @@ class DuoCallback(Callback):
         pairs = zip(fingerprints(module, model), self._fitted_to, strict=True)
         if any(None not in pair and pair[0] != pair[1] for pair in pairs):
             rank_zero_warn(
-                f"DuoCallback: the temperatures were fitted at step {self.fitted_at_step} and the "
+                f"{self._me}: the temperatures were fitted at step {self.fitted_at_step} and the "
                 f"weights of base or sidekick are others now (the base is at step {self._step}); "
                 "refit them with trainer.validate"
             )
@@ -357,12 +368,12 @@ class DuoCallback(Callback):
     ) -> None:
         inputs, targets = self._pair.after_step(pl_module)
         manual = not pl_module.automatic_optimization
-        stepped = trainer.global_step - self._step
-        self._step = trainer.global_step
+        before, self._step = self._step, trainer.global_step
+        stepped = self._step - before
         first = self._training is None
         if self._training is None:
-            per_batch = max(1, stepped) if manual else 1
-            self._training = self._begin(trainer, pl_module, outputs, (inputs, targets), per_batch)
+            plan = {"steps_per_batch": stepped if manual else 1, "step": before}
+            self._training = self._begin(trainer, pl_module, outputs, (inputs, targets), plan)
         update = manual or stepped > 0
         # A step that returns nothing skips the batch, which DDP cannot do.
         nothing = outputs is None or (isinstance(outputs, Mapping) and not outputs)
@@ -389,7 +400,7 @@ class DuoCallback(Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: tuple[Any, Tensor],
-        steps_per_batch: int,
+        plan: dict[str, int],
     ) -> SidekickTrainer:
         num_classes = self._sidekick.num_classes
         if num_classes is None:
@@ -402,15 +413,22 @@ class DuoCallback(Callback):
             self._recipe,
             trainer,
             self._training_state,
-            steps_per_batch=steps_per_batch,
+            **plan,
         )
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit is None and trainer.limit_val_batches != 0:
             rank_zero_warn(
-                "DuoCallback: training ended before any validation, so no temperatures were "
+                f"{self._me}: training ended before any validation, so no temperatures were "
                 "fitted; run trainer.validate"
+            )
+        if self._training is not None and self._training.probing:
+            rank_zero_warn(
+                f"{self._me}: training ended after {self._training.updates} of the "
+                f"{self._training.probe_updates} steps that train the sidekick's head only, so "
+                "the rest of it was never trained; set max_epochs to what will be run, or a "
+                "smaller probe"
             )
         if trainer.is_global_zero:
             self.cost = self._pair.cost(pl_module)
@@ -419,10 +437,12 @@ class DuoCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not before: callbacks that average weights write them at the end of training.
         self._warn_if_stale(pl_module)
+        self._say()
         if self._summary and self.calibration is not None and "val" in self.results:
             shown = {model: self.results["val"][model] for model in LOGGED}
             fitted = self._calibration_loader == 0
             data = "the validation set" + (" (which fitted the temperatures)" if fitted else "")
+            data += f", {self._name}" if self._name else ""
             rank_zero_only(print_summary)(shown, self.calibration, data=data, balance=self.balance)
 
     @override
@@ -453,24 +473,27 @@ class DuoCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collected.clear()
+        self._collected.begin(trainer.val_dataloaders)
         self._validated = None
         self._check_loaders(trainer)
         if self._training is not None:
             self._training.sync_buffers()
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._check_restored(trainer)
-            self._take_best()
+            if trainer.ckpt_path is not None:
+                self._take_best()
 
     def _take_best(self) -> None:
-        """Pair the base with the best sidekick of the run."""
+        """Pair the base of a checkpoint with the best sidekick of the run."""
         if self._best is None or self._sidekick.model is None:
             return
-        load_weights(self._sidekick.model, self._best.weights, self._sidekick.name)
+        self._sidekick.model.load_state_dict(self._best.weights)
         step = self._step if self._step >= 0 else "that is not known"
+        self._paired_anew = True
         rank_zero_info(
-            f"DuoCallback: the base of step {step} is paired with the sidekick of step "
-            f"{self._best.step}, whose validation loss of {self._best.nll:.4f} is its lowest"
+            f"{self._me}: the base of step {step} is paired with the sidekick of step "
+            f"{self._best.step}, whose validation loss of {self._best.nll:.4f} (at its own best "
+            "temperature) is its lowest"
         )
 
     @override
@@ -494,7 +517,13 @@ class DuoCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        logits = self._pair.logits(trainer, pl_module, outputs)
+        try:
+            logits = self._pair.logits(trainer, pl_module, outputs)
+        except ValueError as error:
+            if dataloader_idx == self._calibration_loader:
+                raise
+            self._collected.unusable.setdefault(dataloader_idx, str(error))
+            return
         if trainer.sanity_checking:
             return
         self._collected.add(logits, dataloader_idx)
@@ -510,46 +539,84 @@ class DuoCallback(Callback):
         trained = self._training or self._training_state
         if self._sidekick.pretrained_only and not trained:
             rank_zero_warn(
-                "DuoCallback: the sidekick was not fine-tuned (no fit, no ckpt_path), so its head "
+                f"{self._me}: the sidekick was not fine-tuned (no fit, no ckpt_path), so its head "
                 "is random and the duo is little more than the temperature-scaled base"
             )
         processes = Processes(trainer, pl_module)
         classes = processes.num_classes(self._sidekick.num_classes)
+        loaders = self._measurable(processes, len(trainer.num_val_batches))
         samples = self._collected.of_loaders(len(trainer.num_val_batches), classes)
         self._collected.clear()
-        self.predictions = {}  # whatever was tested had other temperatures
-        self._calibrate(processes, samples, classes)
-        results = self.results[_stage("val", self._calibration_loader)]["sidekick"]
-        model, nll = self._sidekick.model, results["nll"]
-        if trainer.state.fn == TrainerFn.FITTING and model is not None:
-            if self._best is None or nll < self._best.nll:
-                self._best = BestSidekick.of(model, nll, self._step)
+        # Whatever there is was found with other temperatures.
+        self.calibration, self.predictions = None, {}
+        self.results = {k: v for k, v in self.results.items() if k.partition("/")[0] != "val"}
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        try:
+            chosen = samples[self._calibration_loader]
+            fit = fit_temperatures(*chosen, reduce=processes.reduce)
+        except ValueError as error:
+            if not fitting:
+                raise
+            rank_zero_warn(  # the base's training is not to end with the sidekick
+                f"{self._me}: no temperatures can be fitted at step {self._step}: {error}. If it "
+                "is the sidekick that diverges, give it a smaller learning rate (optimizer=...) or "
+                "clip gradients; if the base masks classes, the sidekick must mask them too"
+            )
+            return
+        self._calibrate(processes, fit, {index: samples[index] for index in loaders}, classes)
+        model = self._sidekick.model
+        if fitting and model is not None:
+            if self._best is None or fit.nll_sidekick < self._best.nll:
+                self._best = BestSidekick.of(model, fit.nll_sidekick, self._step)
 
-    def _calibrate(self, processes: Processes, samples: list[Logits], classes: int) -> None:
-        """Fit on the samples of one loader, and measure all of them."""
-        chosen = self._calibration_loader
-        fit = fit_temperatures(*samples[chosen], reduce=processes.reduce)
+    def _measurable(self, processes: Processes, loaders: int) -> list[int]:
+        """Loaders with samples, all of which are usable; others than the one that fits may lack."""
+        found = []
+        for index in range(loaders):
+            why = self._collected.unusable.get(index)
+            if processes.total(why is not None):
+                rank_zero_warn(
+                    f"{self._me}: validation dataloader {index} is not measured: "
+                    f"{why or 'another process cannot use its batches'}"
+                )
+            elif index == self._calibration_loader or processes.total(self._collected.count(index)):
+                found.append(index)
+        return found
+
+    def _calibrate(
+        self, processes: Processes, fit: TemperatureFit, samples: dict[int, Logits], classes: int
+    ) -> None:
+        """Take the temperatures, and measure the samples of all loaders with them."""
         if fit.status == "separable":
             rank_zero_warn(
-                "DuoCallback: the duo separates the validation set without error, so no finite "
+                f"{self._me}: the duo separates the validation set without error, so no finite "
                 "temperatures are best and confidences will be near 1; validate on more samples"
             )
-        found = []
-        for logits in samples:
+        found = {}
+        for index, logits in samples.items():
             metrics = DuoMetrics(classes, fit)
             metrics.update(*logits)
-            found.append(processes.predictions(metrics))
-        with warnings.catch_warnings():
-            if not processes.trainer.is_global_zero:  # one process says what all of them find
-                warnings.simplefilter("ignore")
-            self.calibration = choose_threshold(fit, found[chosen]["duo"], *self._request)
+            found[index] = processes.predictions(metrics)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = found[self._calibration_loader]["duo"]
+            self.calibration = choose_threshold(fit, chosen, *self._request)
+        self._said = [str(warning.message) for warning in said]
+        if processes.trainer.state.fn != TrainerFn.FITTING:
+            self._say()
         self.fitted_at_step, self._fitted_to = self._step, self._validated
-        for index, predictions in enumerate(found):
+        for index, predictions in found.items():
             self._measure(processes, "val", index, predictions)
         for name, value in fit.temperatures._asdict().items():
             self._log.value(processes, f"duo/temperature_{name}", value)
         if self.calibration.threshold is not None:
             self._log.value(processes, "duo/threshold", self.calibration.threshold.value)
+
+    def _say(self) -> None:
+        """Warn of the threshold that was chosen last; once, not at every validation of a fit."""
+        for message in self._said:
+            rank_zero_warn(f"{self._me}: {message}")
+        self._said = []
 
     def _measure(
         self,
@@ -574,6 +641,7 @@ class DuoCallback(Callback):
             )
         self._warn_if_stale(pl_module)
         classes = Processes(trainer, pl_module).num_classes(self._sidekick.num_classes)
+        self._collected.begin(trainer.test_dataloaders)
         loaders = range(len(trainer.num_test_batches))
         self._metrics = {index: DuoMetrics(classes, self.fit) for index in loaders}
 
@@ -600,6 +668,7 @@ class DuoCallback(Callback):
     ) -> None:
         logits = self._pair.logits(trainer, pl_module, outputs)
         check_samples(*logits)
+        logits = self._collected.own(logits, dataloader_idx)
         self._metrics[dataloader_idx].update(*logits)
 
     @override
@@ -607,6 +676,8 @@ class DuoCallback(Callback):
         self._pair.reset()
         processes = Processes(trainer, pl_module)
         for index, metrics in sorted(self._metrics.items()):
+            if not processes.total(self._collected.count(index)):
+                continue  # an empty loader
             self._measure(processes, "test", index, processes.predictions(metrics))
 
     # ---- checkpoints ----
@@ -615,6 +686,12 @@ class DuoCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._sidekick.model is None:
             return {}
+        if self._training is not None and self._pair.in_step:
+            rank_zero_warn(
+                f"{self._me}: a checkpoint is being saved after the base's step and before the "
+                "sidekick's, so resuming from it will not be exact; put DuoCallback before the "
+                "callback that saves"
+            )
         training = self._training.state_dict() if self._training else self._training_state
         return {
             "version": STATE_VERSION,
@@ -629,6 +706,7 @@ class DuoCallback(Callback):
             "fitted_at_step": self.fitted_at_step,
             "fitted_to": self._fitted_to,
             "results": self.results,
+            "transform": self._sidekick.transform_name,
         }
 
     @override
@@ -643,11 +721,24 @@ class DuoCallback(Callback):
         if not state_dict or self._predicting:
             return
         sidekick = self._sidekick
-        check_state(state_dict, sidekick.name, sidekick.num_classes)
+        check_state(state_dict, sidekick.num_classes)
+        if state_dict["transform"] != sidekick.transform_name:
+            rank_zero_warn(
+                f"{self._me}: the checkpoint's sidekick saw its inputs through "
+                f"{state_dict['transform']}, this callback's sees them through "
+                f"{sidekick.transform_name}"
+            )
+        if self._paired_anew:
+            rank_zero_warn(
+                f"{self._me}: the pair that trainer.validate refitted gives way to that of the "
+                "checkpoint; to test the refitted one, call trainer.test(model, data) without "
+                "ckpt_path"
+            )
+            self._paired_anew = False
         assert self._module is not None, "the Trainer calls setup first"
         # No download: the weights are in the checkpoint.
         model = sidekick.build(state_dict["num_classes"], self._module, pretrained=False)
-        load_weights(model, state_dict["sidekick"], sidekick.name)
+        load_weights(model, state_dict["sidekick"], (state_dict["name"], sidekick.name))
         best = state_dict["best"] and BestSidekick(**state_dict["best"])
         mine = self._best if self._run == state_dict["run"] else None
         self._best = min((b for b in (mine, best) if b), key=lambda b: b.nll, default=None)
@@ -664,13 +755,13 @@ class DuoCallback(Callback):
             chosen = (self.calibration.target_accuracy, self.calibration.delta)
             if self._request != chosen:
                 rank_zero_warn(
-                    "DuoCallback: the checkpoint's threshold was chosen for target_accuracy="
+                    f"{self._me}: the checkpoint's threshold was chosen for target_accuracy="
                     f"{chosen[0]}, delta={chosen[1]}, this callback asks for {self._request[0]}, "
                     f"{self._request[1]}; refit with trainer.validate"
                 )
-        rank_zero_info(f"DuoCallback: sidekick {sidekick.name!r} restored from the checkpoint")
+        rank_zero_info(f"{self._me}: sidekick {sidekick.name!r} restored from the checkpoint")
 
 
 def _stage(stage: str, loader: int) -> str:
     """A stage, with a dataloader after the first."""
-    return f"{stage}/loader_{loader}" if loader else stage
+    return f"{stage}/dataloader_idx_{loader}" if loader else stage

@@ -13,15 +13,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import sidekick_logits
@@ -74,11 +69,14 @@ class Recipe:
                 )
             return scheduler
         warmup = 100 if steps is None else max(1, round(0.05 * steps))
-        rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        if steps is None:
-            return rise
-        fall = CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup))
-        return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+        def factor(step: int) -> float:
+            if step < warmup or steps is None:
+                return min(1.0, (step + 1) / (warmup + 1))
+            fallen = min(1.0, (step - warmup) / max(1, steps - warmup))  # training may go on
+            return (1 + math.cos(math.pi * fallen)) / 2
+
+        return LambdaLR(optimizer, factor)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -90,18 +88,26 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def planned_updates(trainer: Trainer, steps_per_batch: int) -> int | None:
-    """How often the sidekick will be updated from the first batch to the last.
+def planned_updates(
+    trainer: Trainer, steps_per_batch: int, *, epoch: int = 0, step: int = 0
+) -> int | None:
+    """How often the sidekick will be updated until training ends.
 
     Args:
         trainer: The user's Trainer, in fit.
-        steps_per_batch: Optimizer steps of the base in a batch: as many as a module that steps its
-            optimizers itself makes, which count towards ``max_steps``; else 1.
+        steps_per_batch: Optimizer steps of the base in a batch, which count towards ``max_steps``:
+            1, or as many as a module makes that steps its optimizers itself; 0 if not known.
+        epoch: At which the sidekick begins.
+        step: The Trainer's global step there.
 
     Returns:
-        The number, or None if the Trainer does not know when training ends.
+        The number, or None if nobody knows when training ends.
     """
-    limit = math.inf if trainer.max_steps == -1 else math.ceil(trainer.max_steps / steps_per_batch)
+    limit = math.inf
+    if trainer.max_steps != -1:
+        if not steps_per_batch:
+            return None
+        limit = math.ceil((trainer.max_steps - step) / steps_per_batch)
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is not None and epochs >= 0 and batches < math.inf:
         schedules = [
@@ -110,10 +116,10 @@ def planned_updates(trainer: Trainer, steps_per_batch: int) -> int | None:
             if isinstance(callback, GradientAccumulationScheduler)
         ]
         if schedules:
-            windows = map(schedules[0].get_accumulate_grad_batches, range(epochs))
+            windows = map(schedules[0].get_accumulate_grad_batches, range(epoch, epochs))
             planned = sum(math.ceil(batches / window) for window in windows)
         else:
-            planned = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+            planned = (epochs - epoch) * math.ceil(batches / trainer.accumulate_grad_batches)
         limit = min(limit, planned)
     return int(limit) if 0 < limit < math.inf else None
 
@@ -131,6 +137,7 @@ class SidekickTrainer:
         trainer: The user's Trainer; training is about to start.
         state: What `state_dict` gave, to go on from there.
         steps_per_batch: See `planned_updates`.
+        step: The Trainer's global step before its first batch.
 
     Raises:
         MisconfigurationException: If the model has nothing to train.
@@ -145,6 +152,7 @@ class SidekickTrainer:
         state: dict[str, Any] | None,
         *,
         steps_per_batch: int = 1,
+        step: int = 0,
     ) -> None:
         self.model, self.recipe, self.trainer = model, recipe, trainer
         check_trainable(model)
@@ -155,12 +163,15 @@ class SidekickTrainer:
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self.updates = self.batches = 0
         self.seed = trainer.strategy.broadcast(torch.initial_seed())
-        self.total = planned_updates(trainer, steps_per_batch)
+        # A sidekick that was stopped goes on counting; one that begins late plans for what is left.
+        begin = {"epoch": trainer.current_epoch, "step": step} if state is None else {}
+        self.total = planned_updates(trainer, steps_per_batch, **begin)
         if self.total is None:
             rank_zero_warn(
-                "DuoCallback: the Trainer does not know when training ends (no max_epochs, or a "
-                "train loader without length), so the sidekick trains without a linear probe at a "
-                "constant learning rate; set max_steps for the full recipe"
+                "DuoCallback: nobody knows when training ends (no max_epochs, a train loader "
+                "without length, or a module that steps its optimizers itself under max_steps), so "
+                "the sidekick trains without a linear probe at a constant learning rate; set "
+                "max_epochs or max_steps for the full recipe"
             )
         head = {id(p) for _, p in head_parameters(model, num_classes)}
         self._head = [p for p in self._trainable if id(p) in head]
@@ -231,6 +242,10 @@ class SidekickTrainer:
         """
         # In the probe the features are frozen: normalisation statistics and dropout too.
         self.model.train(not self.probing)
+        if len(targets) == 1:  # no statistics of a batch
+            for part in self.model.modules():
+                if isinstance(part, _BatchNorm):
+                    part.eval()
         # Random numbers of its own, the same after a resume, and others on every rank.
         step_seed = self.batches * self.trainer.world_size + self.trainer.global_rank
         seed = (self.seed + 1_000_003 * step_seed) % 2**63

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
 
 from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
 from lightning_duo.figures import log_figures
@@ -16,19 +19,60 @@ from lightning_duo.threshold import Threshold
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
 
 
+def own_samples(loader: Any) -> int | None:
+    """How many samples of a dataloader are this process's alone; None if there is no telling.
+
+    A distributed sampler gives every process equally many, and repeats the first for that: sample i
+    of process r is number i * processes + r of the dataset's order.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    dataset: Any = sampler.dataset
+    return len(range(sampler.rank, len(dataset), sampler.num_replicas))
+
+
 class Collected:
     """Logits and targets of each dataloader of a stage, in this process, on the CPU."""
 
     def __init__(self) -> None:
         self._batches: dict[int, list[Logits]] = {}
+        self._counts: dict[int, int] = {}
+        self._limits: list[int | None] = []
+        self.unusable: dict[int, str] = {}
+        """Loaders that cannot be measured, and why."""
+
+    def begin(self, loaders: Any) -> None:
+        """Forget all, and learn of each of the stage's loaders how many samples are not repeated.
+
+        Args:
+            loaders: A dataloader, or a collection of them, as the Trainer has them.
+        """
+        self._batches.clear()
+        self._counts.clear()
+        self.unusable.clear()
+        self._limits = [own_samples(loader) for loader in tree_leaves(loaders)]
 
     def add(self, logits: Logits, loader: int) -> None:
         """Take a batch of a loader."""
-        self._batches.setdefault(loader, []).append(logits)
+        self._batches.setdefault(loader, []).append(self.own(logits, loader))
+
+    def own(self, logits: Logits, loader: int) -> Logits:
+        """The next batch of a loader, without samples that only repeat those of other processes."""
+        limit = self._limits[loader] if loader < len(self._limits) else None
+        before = self.count(loader)
+        if limit is not None:
+            logits = Logits(*(part[: max(0, limit - before)] for part in logits))
+        self._counts[loader] = before + len(logits.targets)
+        return logits
+
+    def count(self, loader: int) -> int:
+        """How many samples of a loader this process has seen."""
+        return self._counts.get(loader, 0)
 
     def clear(self) -> None:
         """Forget all."""
-        self._batches.clear()
+        self.begin([])
 
     def of_loaders(self, count: int, num_classes: int) -> list[Logits]:
         """All samples of each loader, of which this process may have got none."""
@@ -53,6 +97,13 @@ class Processes:
             return known or 1
         local = torch.tensor(known or 1, device=self.module.device)
         return int(self.trainer.strategy.reduce(local, reduce_op="max"))
+
+    def total(self, local: int) -> int:
+        """The sum over processes."""
+        if self.trainer.world_size == 1:
+            return local
+        number = torch.tensor(local, device=self.module.device)
+        return int(self.trainer.strategy.reduce(number, reduce_op="sum"))
 
     @property
     def reduce(self) -> Callable[[Tensor], Tensor] | None:
@@ -82,7 +133,7 @@ class MetricLog:
     def value(self, processes: Processes, name: str, value: float) -> None:
         """Log a value that all processes have found, as Lightning wants to be told."""
         several = processes.trainer.world_size > 1
-        processes.module.log(self.prefix + name, value, sync_dist=several)
+        processes.module.log(self.prefix + name, value, sync_dist=several, add_dataloader_idx=False)
 
     def write(
         self,
@@ -95,7 +146,7 @@ class MetricLog:
 
         Args:
             processes: The run.
-            stage: What stands before and behind the metric's name, as in ("val", "/loader_1").
+            stage: What stands before and behind a metric's name: ("val", "/dataloader_idx_1").
             predictions: Form -> predictions; see `evaluate`.
             threshold: From which to accept, if one was chosen.
 

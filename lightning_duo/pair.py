@@ -9,17 +9,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
 from lightning_duo.batch import (
     BaseLogits,
     BatchFn,
     LogitsFn,
+    LogitsOf,
     Snapshot,
     call_base,
+    check_read,
     check_targets,
     evaluating,
     has_forward,
+    keeping_buffers,
     read_batch,
 )
 from lightning_duo.calibration import Calibration
@@ -63,6 +65,7 @@ class Pair:
         else:
             with own_stream(module.device):
                 self._batch = self.read_batch(batch)
+        check_read(self._batch)
         self._before = Snapshot(self._batch, copy=first)
         if watch:
             self.base.watch(module)
@@ -78,6 +81,11 @@ class Pair:
         self._before.check(module)
         batch, self._batch, self._before = self._batch, None, None
         return batch
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the batch of a step that has begun is still to be used."""
+        return self._batch is not None
 
     def reset(self) -> None:
         """Forget the batch of a step that did not end."""
@@ -122,7 +130,7 @@ class Pair:
             return None
         sidekick = self.sidekick.deployable()
         try:
-            with own_stream(module.device):
+            with own_stream(module.device), keeping_buffers(module):
                 base = count_flops(module, self._example, self.base.logits_fn or call_base)
                 flops = base, count_flops(sidekick, self._example)
         except Exception as error:  # the user's forward may want more than a batch of one
@@ -157,7 +165,7 @@ class Pair:
             for name in ("forward", *(f"{stage}_step" for stage in _STAGES)):
                 vars(base).pop(name, None)
         if self.base.logits_fn is not None:
-            base = _Through(self.base.logits_fn, base)
+            base = LogitsOf(self.base.logits_fn, base)
         duo = calibration.module(base, sidekick)
         return duo.to(module.device).requires_grad_(False).eval()
 
@@ -167,7 +175,7 @@ def _copies(base: nn.Module, sidekick: nn.Module) -> tuple[nn.Module, nn.Module]
     # Losses and outputs that the user's steps have kept on the module are no leaves of autograd,
     # which refuse to be copied.
     kept = [leaf for part in base.modules() for leaf in tree_leaves(list(vars(part).values()))]
-    memo = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    memo = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     try:
         return copy.deepcopy((base, sidekick), memo)
     except Exception as error:
@@ -175,15 +183,3 @@ def _copies(base: nn.Module, sidekick: nn.Module) -> tuple[nn.Module, nn.Module]
             f"{type(base).__name__} or the sidekick cannot be copied ({type(error).__name__}: "
             f"{error}); give it a __deepcopy__ or take away the attribute that cannot be copied"
         ) from error
-
-
-class _Through(nn.Module):
-    """A base whose logits the user's ``logits_fn`` computes."""
-
-    def __init__(self, logits_fn: LogitsFn, module: nn.Module) -> None:
-        super().__init__()
-        self.logits_fn, self.module = logits_fn, module
-
-    @override
-    def forward(self, x: Any) -> Tensor:
-        return self.logits_fn(self.module, x)

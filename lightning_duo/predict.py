@@ -61,9 +61,10 @@ class PredictionWriter(BasePredictionWriter):
 
     Columns are the sample's index in the dataset, the prediction, the confidence and whether it is
     accepted; with several dataloaders also which one. Every process keeps its own samples (21
-    bytes each, with probabilities 4 K more) and writes them to a part file in the same folder; the
-    first process puts them together at the end. The file appears whole or not at all. Datasets
-    without indices (iterable ones) are written in the order of processes and batches.
+    bytes each, with probabilities 4 K more) and writes them to a part file in the same folder,
+    which all must share; the first process puts them together at the end. The file appears whole
+    or not at all. Samples of a dataset without indices (an iterable one, say) are numbered as they
+    come, process by process; those of a batch that the collate function made smaller get -1.
 
     Args:
         path: The file, ``*.csv`` or ``*.npz``.
@@ -89,6 +90,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part(trainer.global_rank).unlink(missing_ok=True)  # of a run that did not end
 
     @override
     def write_on_batch_end(
@@ -122,32 +124,36 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._batches:
-            np.savez(self._part(trainer.global_rank), **_joined(self._batches))
-            self._batches = []
+        columns = _joined(self._batches) if self._batches else {"index": np.zeros(0, dtype=int)}
+        np.savez(self._part(trainer.global_rank), **columns)
+        self._batches = []
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            ranks = [self._part(rank) for rank in range(trainer.world_size)]
-            self._merge([part for part in ranks if part.exists()], len(trainer.num_predict_batches))
+            parts = [self._part(rank) for rank in range(trainer.world_size)]
+            self._merge(parts, len(trainer.num_predict_batches))
         trainer.strategy.barrier()
 
     def _part(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.part{rank}.npz")
 
     def _merge(self, parts: list[Path], loaders: int) -> None:
-        if not parts:
+        if missing := [str(part) for part in parts if not part.exists()]:
+            raise FileNotFoundError(
+                f"the predictions of other processes are not there ({', '.join(missing)}); the "
+                "processes must write to a folder that all of them share"
+            )
+        found = [dict(np.load(part)) for part in parts]
+        found = [columns for columns in found if len(columns["index"])]
+        if not found:
             rank_zero_warn(f"there was nothing to predict, so {self.path} was not written")
             return
-        columns = _joined([dict(np.load(part)) for part in parts])
-        if (columns["index"] < 0).any():
-            if len(parts) > 1:
-                rank_zero_warn(
-                    "the dataset has no indices, so the predictions are written process by process"
-                )
-            columns["index"] = np.arange(len(columns["index"]))
-        order = np.lexsort((columns["index"], columns["loader"]))
+        columns = _joined(found)
+        _number(columns)
+        unknown = columns["index"] < 0
+        order = np.lexsort((columns["index"], unknown, columns["loader"]))
         columns = {name: values[order] for name, values in columns.items()}
         same = (np.diff(columns["index"]) == 0) & (np.diff(columns["loader"]) == 0)
+        same &= columns["index"][1:] >= 0
         if same.any():
             rank_zero_warn(
                 f"{int(same.sum())} samples were predicted more than once, as processes share data "
@@ -160,6 +166,24 @@ class PredictionWriter(BasePredictionWriter):
         os.replace(partial, self.path)
         for part in parts:
             part.unlink()
+
+
+def _number(columns: Columns) -> None:
+    """Number the samples of loaders that give no indices, and say so."""
+    for loader in np.unique(columns["loader"]):
+        rows = np.flatnonzero(columns["loader"] == loader)
+        unknown = rows[columns["index"][rows] < 0]
+        if len(unknown) == len(rows):
+            columns["index"][rows] = np.arange(len(rows))
+            rank_zero_warn(
+                f"dataloader {loader} gives no indices of its samples, so their predictions are "
+                "numbered as they came"
+            )
+        elif len(unknown):
+            rank_zero_warn(
+                f"{len(unknown)} samples of dataloader {loader} are of batches of another size "
+                "than was asked for, so it is not known which they are; their index is -1"
+            )
 
 
 def _joined(parts: list[Columns]) -> Columns:

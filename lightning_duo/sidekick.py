@@ -8,6 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
@@ -61,6 +63,17 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     return transform
 
 
+def share_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether the models have memory of parameters or buffers in common."""
+
+    def places(module: nn.Module) -> set[int]:
+        tensors = [*module.parameters(), *module.buffers()]
+        whole = (t for t in tensors if not isinstance(t, DTensor) and not is_lazy(t))
+        return {t.untyped_storage().data_ptr() for t in whole} - {0}
+
+    return bool(places(one) & places(other))
+
+
 def check_model(model: nn.Module, base: nn.Module) -> None:
     """Find what keeps a model from being the sidekick of this base.
 
@@ -68,8 +81,7 @@ def check_model(model: nn.Module, base: nn.Module) -> None:
         MisconfigurationException: If they share parameters, or the model's parameters have no
             values or are on several devices.
     """
-    own = {id(p) for p in model.parameters()}
-    if any(id(p) in own for p in base.parameters()):
+    if share_weights(model, base):
         raise MisconfigurationException(
             "base and sidekick share parameters; the sidekick must be a model of its own "
             "(copy.deepcopy it)"
@@ -115,7 +127,8 @@ class Sidekick:
         self.source, self.num_classes, self._given_classes = source, num_classes, num_classes
         self.pretrained, self.weights = pretrained, weights
         self.model: nn.Module | None = None
-        self._transform = transform
+        self._transform = self._transform_given = transform
+        self._first_weights: dict[str, Tensor] | None = None  # of a module that was given
         self._transform_known = transform is not None
 
     @property
@@ -155,6 +168,9 @@ class Sidekick:
                 "logits do"
             )
         self.model, self.num_classes = model, num_classes
+        if isinstance(self.source, nn.Module) and self._first_weights is None:
+            weights = model.state_dict()
+            self._first_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
         return model
 
     @property
@@ -163,10 +179,23 @@ class Sidekick:
         given = self.source if isinstance(self.source, nn.Module) else None
         return given if self.model is None else self.model
 
+    @property
+    def transform_name(self) -> str | None:
+        """What a checkpoint remembers of the transform that was given."""
+        given = self._transform_given
+        if given is None or isinstance(given, nn.Module):
+            return None if given is None else repr(given)
+        return str(getattr(given, "__qualname__", type(given)))
+
     def forget(self) -> None:
-        """Drop a model that was built for another base; a module of the user's own stays."""
-        if not isinstance(self.source, nn.Module):
-            self.model, self.num_classes = None, self._given_classes
+        """Drop a model that was trained beside another base, or give it its first weights again."""
+        if self._first_weights is not None and self.model is not None:
+            self.model.load_state_dict(self._first_weights)
+            rank_zero_info(
+                f"DuoCallback: beside another base the sidekick {self.name!r} starts again from "
+                "the weights that it had at first"
+            )
+        self.model, self.num_classes = None, self._given_classes
 
     def inputs(self, base: nn.Module, inputs: Any) -> Any:
         """What the sidekick sees of the base's inputs; no gradient flows back into them."""

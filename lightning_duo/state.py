@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_duo import __version__
@@ -20,7 +21,8 @@ class BestSidekick:
     """The sidekick of the validation where its loss was lowest."""
 
     nll: float
-    """Its validation loss: cross-entropy in nats per sample, before any temperature."""
+    """Its validation loss: cross-entropy in nats per sample, at its own best temperature, so that
+    overconfidence, which the duo's temperature takes away, does not count."""
     step: int
     """The Trainer's global step then."""
     weights: dict[str, Tensor]
@@ -45,9 +47,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> int | None:
-    """A number that changes with the parameters, the same on every device; None if sharded.
+    """A number that changes with the weights, the same on every device; None if sharded.
 
-    Bits are summed as integers, so the order of summation does not matter.
+    Weights are parameters and the statistics of batch normalisation. Bits are summed as integers,
+    so the order of summation does not matter.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -58,10 +61,12 @@ def fingerprint(module: nn.Module) -> int | None:
     """
     if is_sharded(module):
         return None
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
     sums = [
-        parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum()
-        for parameter in module.parameters()
-        if not parameter.is_complex()
+        tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum()
+        for tensor in (*module.parameters(), *statistics)
+        if tensor is not None and not tensor.is_complex()
     ]
     found = 0
     for value in torch.stack(sums).tolist() if sums else []:
@@ -74,16 +79,15 @@ def fingerprints(*modules: nn.Module) -> list[int | None]:
     return [fingerprint(module) for module in modules]
 
 
-def check_state(state: dict[str, Any], name: str, num_classes: int | None) -> None:
+def check_state(state: dict[str, Any], num_classes: int | None) -> None:
     """Find what keeps a checkpoint's duo state from being loaded.
 
     Args:
         state: The state as it was saved.
-        name: The sidekick's.
         num_classes: K, or None if not known yet.
 
     Raises:
-        ValueError: If another version of the library wrote it, or it is of another sidekick.
+        ValueError: If another version of the library wrote it, or it is of other classes.
     """
     version = state.get("version")
     if version != STATE_VERSION:
@@ -93,18 +97,21 @@ def check_state(state: dict[str, Any], name: str, num_classes: int | None) -> No
             f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
             "without DuoCallback"
         )
-    saved = (state["name"], state["num_classes"])
-    mine = (name, num_classes or saved[1])
-    if mine != saved:
+    if num_classes not in (None, state["num_classes"]):
         raise ValueError(
-            f"the checkpoint's sidekick is {saved[0]!r} with {saved[1]} classes, this "
-            f"callback's is {mine[0]!r} with {mine[1]}; make them the same, or load the "
-            "checkpoint without DuoCallback"
+            f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} classes, this "
+            f"callback's has {num_classes}; make them the same, or load the checkpoint without "
+            "DuoCallback"
         )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
     """Load a sidekick's weights from a checkpoint.
+
+    Args:
+        model: This callback's sidekick.
+        weights: State dict of the checkpoint's.
+        names: What the checkpoint's sidekick was called, and what this one is.
 
     Raises:
         ValueError: If they are those of another architecture.
@@ -113,6 +120,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], name: str) -> Non
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"the checkpoint's sidekick {name!r} has other weights than the one that was built; "
-            f"build it as it was when the checkpoint was saved: {' '.join(str(error).split())}"
+            f"the checkpoint's sidekick {names[0]!r} has other weights than this callback's "
+            f"{names[1]!r}; build it as it was when the checkpoint was saved, or load the "
+            f"checkpoint without DuoCallback: {' '.join(str(error).split())}"
         ) from error

@@ -1,6 +1,7 @@
 """Sidekicks by name: models of timm and torchvision, their weights and their heads."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -105,7 +106,7 @@ def build_sidekick(
     if isinstance(source, nn.Module):
         return source
     if not isinstance(source, str):
-        model = source(num_classes)
+        model = _call(source, num_classes)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the sidekick callable must return an nn.Module, got {type(model).__name__}"
@@ -132,6 +133,18 @@ def build_sidekick(
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
     return model
+
+
+def _call(make: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+    """Call with ``num_classes``, by name where that is how it must be given."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError:  # no signature to read
+        return make(num_classes)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    more = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} & kinds
+    by_name = "num_classes" in parameters or more == {inspect.Parameter.VAR_KEYWORD}
+    return make(num_classes=num_classes) if by_name else make(num_classes)
 
 
 def _named(source: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, bool]:

@@ -382,7 +382,7 @@ def test_several_validation_loaders(chosen: int) -> None:
     )
     check_duo(duo, module, data=(VAL, other)[chosen])
     module.eval()
-    for suffix, data in (("", VAL), ("/loader_1", other)):
+    for suffix, data in (("", VAL), ("/dataloader_idx_1", other)):
         with torch.no_grad():
             expected = cross_entropy(module(data.tensors[0]), data.tensors[1])
         logged = float(trainer.callback_metrics[f"base/val_nll{suffix}"])

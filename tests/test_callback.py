@@ -343,7 +343,7 @@ def test_several_loaders_are_measured_apart_and_the_first_fits() -> None:
     base, targets = logits_of(module, VAL)
     expected = fit_temperatures(base, logits_of(duo._sidekick.model, VAL)[0], targets)
     assert duo.fit.temperatures == pytest.approx(expected.temperatures, rel=1e-5)
-    second = float(trainer.callback_metrics["base/val_nll/loader_1"])
+    second = float(trainer.callback_metrics["base/val_nll/dataloader_idx_1"])
     base, targets = logits_of(module, TEST)
     assert second == pytest.approx(float(nn.functional.cross_entropy(base, targets)), rel=1e-5)
 
@@ -454,7 +454,16 @@ def test_nan_logits_are_an_error_and_not_a_number() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.nan
 
-    refused(make_duo(), ValueError, "128 of 128 samples have NaN", Diverged())
+    message = "128 of 128 samples have NaN"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_duo(small_net())).validate(Diverged(), loader(VAL), verbose=False)
+    duo = make_duo()
+    trainer = make_trainer(duo)
+    with pytest.warns(UserWarning, match=f"no temperatures can be fitted at step 15: {message}"):
+        trainer.fit(Diverged(), loader(TRAIN), loader(VAL))  # it is not the duo that ends it
+    assert trainer.global_step == 30
+    assert duo.fit is None
+    assert not any("val_nll" in name for name in trainer.callback_metrics)
 
 
 def test_a_sidekick_that_is_the_base_is_refused() -> None:
@@ -466,7 +475,7 @@ def test_checkpoints_of_another_sidekick_are_refused(tmp_path: Path) -> None:
     _, _, trainer = fitted(enable_checkpointing=True, default_root_dir=tmp_path)
     path = trainer.checkpoint_callback.best_model_path
     other = make_duo("resnet10t", pretrained=False)
-    with pytest.raises(ValueError, match=r"checkpoint's sidekick is 'small_net'.*'resnet10t'"):
+    with pytest.raises(ValueError, match=r"'small_net' has other weights than .*'resnet10t'"):
         make_trainer(other).test(Classifier(), loader(TEST), ckpt_path=path, verbose=False)
     state = copy.deepcopy(torch.load(path, weights_only=True)["callbacks"]["DuoCallback"])
     state["version"] = 99
@@ -579,7 +588,7 @@ def test_a_train_loader_without_length_has_no_known_end() -> None:
             return iter([TRAIN[i] for i in range(64)])
 
     duo = make_duo()
-    with pytest.warns(UserWarning, match="does not know when training ends"):
+    with pytest.warns(UserWarning, match="nobody knows when training ends"):
         make_trainer(duo).fit(Classifier(), DataLoader(Endless(), 16), loader(VAL))
     assert duo._training_state["updates"] == 8
 

@@ -106,7 +106,7 @@ def test_learning_rate_rises_and_falls_in_each_phase() -> None:
 def test_without_known_end_there_is_no_probe_and_a_constant_rate() -> None:
     duo = DuoCallback(small_net, summary=False)
     trainer = make_trainer(duo, max_epochs=-1, max_time={"seconds": 2})
-    with pytest.warns(UserWarning, match="does not know when training ends"):
+    with pytest.warns(UserWarning, match="nobody knows when training ends"):
         trainer.fit(Classifier(), loader(TRAIN), loader(VAL))
     assert duo.fit is not None
 
