@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +50,7 @@ class Pair:
         self._example: Tensor | None = None
         self._batch: tuple[Any, Tensor] | None = None
         self._before: Snapshot | None = None
+        self._said = False
 
     def before_step(self, module: LightningModule, batch: Any, *, watch: bool, first: bool) -> None:
         """Take inputs and targets from the batch before the base's step can change it.
@@ -66,9 +67,23 @@ class Pair:
             with own_stream(module.device):
                 self._batch = self.read_batch(batch)
         check_read(self._batch)
+        if first and self.read_batch is read_batch:
+            self._say_what_was_taken(batch, len(self._batch[1]))
         self._before = Snapshot(self._batch, copy=first)
         if watch:
             self.base.watch(module)
+
+    def _say_what_was_taken(self, batch: Any, count: int) -> None:
+        if self._said or not isinstance(batch, tuple | list):
+            return
+        others = [p for p in batch[2:] if isinstance(p, Tensor) and p.shape == (count,)]
+        if any(not part.is_floating_point() for part in others):
+            self._said = True
+            rank_zero_info(
+                f"DuoCallback: of the {len(batch)} parts of a batch the first is taken as the "
+                "inputs and the second as the targets; pass batch_fn=lambda batch: (inputs, "
+                "targets) if others are"
+            )
 
     def after_step(self, module: LightningModule) -> tuple[Any, Tensor]:
         """Inputs and targets of the batch whose step has ended.

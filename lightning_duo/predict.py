@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_duo.batch import read_inputs
@@ -110,7 +111,10 @@ class PredictionWriter(BasePredictionWriter):
                 "trainer.predict(DuoPredictor(callback.module), ...)"
             )
         count = len(prediction.prediction)
-        known = batch_indices is not None and len(batch_indices) == count
+        # For a loader without indices Lightning may pass on those of the loader before.
+        loader = tree_leaves(trainer.predict_dataloaders)[dataloader_idx]
+        tracked = hasattr(getattr(loader, "batch_sampler", None), "seen_batch_indices")
+        known = tracked and batch_indices is not None and len(batch_indices) == count
         columns = {
             "loader": np.full(count, dataloader_idx, dtype=np.int32),
             "index": np.asarray(batch_indices if known else np.full(count, -1), dtype=np.int64),

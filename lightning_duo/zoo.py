@@ -65,9 +65,10 @@ def check_source(source: SidekickSource, weights: str | Path | None) -> None:
         near = [name for name in names if name.removeprefix(TORCHVISION) == source]
         near = near or difflib.get_close_matches(source.split(".")[0], names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it."
+        own = f"; a class of yours is {{class_path: {source}}} in a config" if "." in source else ""
         raise ValueError(
-            f"no model is called {source!r}: {hint} A model is a timm name "
-            "(timm.list_models()) or 'torchvision/<name>' (torchvision.models.list_models())"
+            f"no model is called {source!r}: {hint} A model is a timm name (timm.list_models()) or "
+            f"'torchvision/<name>' (torchvision.models.list_models()){own}"
         )
 
 

@@ -110,3 +110,46 @@ def test_the_callback_has_no_part_in_predict(tmp_path: Path) -> None:
     assert other.fit is None
     assert callback.fit is before
     assert torch.equal(callback.module(DATA.tensors[0]).probs, expected.probs)
+
+
+def indices(path: Path) -> list[int]:
+    return np.load(path)["index"].tolist()
+
+
+def test_indices_are_those_of_the_dataset_or_none(tmp_path: Path) -> None:
+    """Whatever another loader, or the collate function, makes of its own."""
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> object:
+            return iter(DATA.tensors[0][:10])
+
+    duo, path = make_duo(), tmp_path / "out.npz"
+    both = [loader(DATA, shuffle=True), DataLoader(Stream(), 4)]
+    with pytest.warns(UserWarning, match="dataloader 1 gives no indices.*numbered as they came"):
+        make_trainer(PredictionWriter(path)).predict(DuoPredictor(duo), both)
+    assert indices(path) == [*range(50), *range(10)]
+    with torch.no_grad():
+        expected = duo(DATA.tensors[0]).confidence
+    np.testing.assert_allclose(np.load(path)["confidence"][:50], expected, rtol=1e-5)
+
+    def without_the_first(samples: list) -> list:
+        return [torch.stack(part) for part in zip(*samples[len(samples) == 2 :], strict=True)]
+
+    smaller = DataLoader(DATA, 16, collate_fn=without_the_first)  # the last batch has 2 samples
+    with pytest.warns(UserWarning, match="1 samples of dataloader 0 are of batches"):
+        make_trainer(PredictionWriter(path)).predict(DuoPredictor(duo), smaller)
+    assert indices(path) == [*range(48), -1]
+
+
+def test_parts_of_a_run_that_did_not_end_are_not_taken(tmp_path: Path) -> None:
+    class Nothing(IterableDataset):
+        def __iter__(self) -> object:
+            return iter(())
+
+    path = tmp_path / "out.npz"
+    np.savez(tmp_path / "out.npz.part0.npz", index=np.arange(3))
+    with pytest.warns(UserWarning, match="nothing to predict"):
+        make_trainer(PredictionWriter(path)).predict(
+            DuoPredictor(make_duo()), DataLoader(Nothing(), 4)
+        )
+    assert not path.exists()
