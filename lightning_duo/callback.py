@@ -170,7 +170,7 @@ class DuoCallback(Callback):
         self._module: LightningModule | None = None
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
-        self._restored = self._predicting = self._paired_anew = False
+        self._restored = self._predicting = self._testing = self._paired_anew = False
         self._said: list[str] = []
         self._me = f"DuoCallback {name!r}" if name else "DuoCallback"
         self._forget_run()
@@ -263,7 +263,7 @@ class DuoCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._predicting = stage == "predict"
+        self._predicting, self._testing = stage == "predict", stage == "test"
         if self._predicting:
             return  # the duo predicts through `DuoPredictor`, a module of its own
         check_trainer(trainer, stage)
@@ -417,11 +417,15 @@ class DuoCallback(Callback):
         )
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pair.reset()  # of a batch that the module skipped together with the epoch's rest
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit is None and trainer.limit_val_batches != 0:
             rank_zero_warn(
-                f"{self._me}: training ended before any validation, so no temperatures were "
-                "fitted; run trainer.validate"
+                f"{self._me}: training ended before any validation that could fit temperatures; "
+                "run trainer.validate"
             )
         if self._training is not None and self._training.probing:
             rank_zero_warn(
@@ -574,7 +578,7 @@ class DuoCallback(Callback):
         found = []
         for index in range(loaders):
             why = self._collected.unusable.get(index)
-            if processes.total(why is not None):
+            if processes.total(int(why is not None)):
                 rank_zero_warn(
                     f"{self._me}: validation dataloader {index} is not measured: "
                     f"{why or 'another process cannot use its batches'}"
@@ -728,13 +732,13 @@ class DuoCallback(Callback):
                 f"{state_dict['transform']}, this callback's sees them through "
                 f"{sidekick.transform_name}"
             )
-        if self._paired_anew:
+        if self._paired_anew and self._testing:
             rank_zero_warn(
                 f"{self._me}: the pair that trainer.validate refitted gives way to that of the "
                 "checkpoint; to test the refitted one, call trainer.test(model, data) without "
                 "ckpt_path"
             )
-            self._paired_anew = False
+        self._paired_anew = False
         assert self._module is not None, "the Trainer calls setup first"
         # No download: the weights are in the checkpoint.
         model = sidekick.build(state_dict["num_classes"], self._module, pretrained=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -22,11 +23,14 @@ LOGGED = ("base", "base_scaled", "sidekick", "duo")
 def own_samples(loader: Any) -> int | None:
     """How many samples of a dataloader are this process's alone; None if there is no telling.
 
-    A distributed sampler gives every process equally many, and repeats the first for that: sample i
-    of process r is number i * processes + r of the dataset's order.
+    PyTorch's distributed sampler, which Lightning uses, gives every process equally many, and
+    repeats the first for that: sample i of process r is number i * processes + r of its order.
     """
     sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+    strided = DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__
+    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ not in strided:
+        return None
+    if sampler.drop_last:
         return None
     dataset: Any = sampler.dataset
     return len(range(sampler.rank, len(dataset), sampler.num_replicas))

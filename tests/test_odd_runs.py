@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from test_any_run import VAL, check_duo, compare
 from test_any_run import Classifier as Base
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lightning_duo import DuoCallback, DuoModule
 from lightning_duo.batch import LogitsOf
+from lightning_duo.evaluator import own_samples
 
 TRAIN = small_images(96, 1)
 
@@ -382,3 +383,35 @@ def test_integers_that_could_be_the_targets_are_said(caplog: pytest.LogCaptureFi
             data = loader(TensorDataset(x, y, third))
             make_trainer(duo).fit(Classifier(), data, data)
         assert caplog.text.count("of the 3 parts of a batch the first is taken as") == said
+
+
+def test_the_rest_of_an_epoch_may_be_skipped(tmp_path: Path) -> None:
+    class Skips(Classifier):
+        def on_train_batch_start(self, batch: list, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+    duo, module = make_duo(), Skips()
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DuoCallback.*checkpoint is being saved")
+        trainer = make_trainer(duo, keep, enable_checkpointing=True, check_val_every_n_epoch=2)
+        trainer.fit(module, loader(TRAIN), loader(VAL))
+    assert duo._training_state["updates"] == trainer.global_step == 6
+
+
+def test_only_samplers_that_repeat_are_corrected() -> None:
+    class InBlocks(DistributedSampler):
+        def __iter__(self) -> object:
+            return iter(range(self.rank * self.num_samples, (self.rank + 1) * self.num_samples))
+
+    def own(sampler: object) -> int | None:
+        return own_samples(DataLoader(VAL, 16, sampler=sampler))
+
+    parts = [DistributedSampler(VAL, 3, rank) for rank in range(3)]  # 80 samples: 27 each
+    assert [own(part) for part in parts] == [27, 27, 26]
+    assert own(DistributedSampler(VAL, 3, 2, drop_last=True)) is None
+    assert own(InBlocks(VAL, 3, 2)) is None
+    assert own(None) is None
+    tiny = Subset(VAL, [0, 1])
+    few = [DistributedSampler(tiny, 4, rank) for rank in range(4)]
+    assert [own_samples(DataLoader(tiny, sampler=part)) for part in few] == [1, 1, 0, 0]
