@@ -1,7 +1,6 @@
 """`DuoCallback`: a sidekick for any LightningModule that classifies."""
 
 import uuid
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lightning_duo.batch import (
     check_targets,
     read_batch,
 )
-from lightning_duo.calibration import Calibration, check_request, choose_threshold
+from lightning_duo.calibration import Calibration, check_request
 from lightning_duo.checks import check_trainer
 from lightning_duo.cofinetune import (
     OptimizerFn,
@@ -31,23 +30,16 @@ from lightning_duo.cofinetune import (
     check_trainable,
 )
 from lightning_duo.cost import Cost
-from lightning_duo.evaluation import DuoMetrics, Predictions
-from lightning_duo.evaluator import LOGGED, Collected, MetricLog, Processes
+from lightning_duo.evaluation import Predictions
+from lightning_duo.evaluator import LOGGED, Evaluator, MetricLog
 from lightning_duo.figures import check_matplotlib
-from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import Sidekick, check_model, share_weights
-from lightning_duo.state import (
-    STATE_VERSION,
-    BestSidekick,
-    check_state,
-    fingerprints,
-    load_weights,
-)
+from lightning_duo.state import STATE_VERSION, Record, check_state, load_weights
 from lightning_duo.summary import print_summary
-from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
+from lightning_duo.temperature import TemperatureFit
 from lightning_duo.zoo import SidekickSource
 
 
@@ -154,37 +146,23 @@ class DuoCallback(Callback):
         check_request(target_accuracy, delta)
         if figures:
             check_matplotlib()
-        self._request = (target_accuracy, delta)
-        self._calibration_loader, self._summary = calibration_loader, summary
-        self._log = MetricLog(f"{name}/" if name else "", figures)
-        self.calibration: Calibration | None = None
-        """Temperatures and threshold of the last validation; None before the first."""
-        self.fitted_at_step = -1
-        """The Trainer's global step at that fit."""
-        self.results: dict[str, dict[str, dict[str, float]]] = {}
-        """Stage ("val", "test") -> model -> metric -> value, of the last run; see `DuoMetrics`."""
-        self.predictions: dict[str, dict[str, Predictions]] = {}
-        """Stage -> form -> what it said of the samples of the last run; what `results` measure."""
+        self._me = f"DuoCallback {name!r}" if name else "DuoCallback"
+        self._summary = summary
+        self._record = Record()
+        self._evaluator = Evaluator(
+            self._pair,
+            self._record,
+            MetricLog(f"{name}/" if name else "", figures),
+            calibration_loader=calibration_loader,
+            request=(target_accuracy, delta),
+            me=self._me,
+        )
         self.cost: Cost | None = None
         """FLOPs and parameters of both models, known after fit."""
         self._module: LightningModule | None = None
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
         self._restored = self._predicting = self._testing = self._paired_anew = False
-        self._said: list[str] = []
-        self._me = f"DuoCallback {name!r}" if name else "DuoCallback"
-        self._forget_run()
-        self._collected = Collected()
-        self._metrics: dict[int, DuoMetrics] = {}
-
-    def _forget_run(self) -> None:
-        self.calibration, self.fitted_at_step, self.results = None, -1, {}
-        # Fingerprints of the weights the temperatures are for, and of those validated last.
-        self._fitted_to: list[int | None] | None = None
-        self._validated: list[int | None] | None = None
-        self._best: BestSidekick | None = None
-        self._run = ""  # tells the checkpoints of one run from those of another
-        self._step = 0  # of the base in memory; -1 if not known
 
     @property
     @override
@@ -192,6 +170,29 @@ class DuoCallback(Callback):
         return (
             super().state_key if self._name is None else self._generate_state_key(name=self._name)
         )
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Temperatures and threshold of the last validation; None before the first."""
+        return self._record.calibration
+
+    @property
+    def fitted_at_step(self) -> int:
+        """The Trainer's global step at that fit; -1 if there is none, or it is not known."""
+        return self._record.fitted_at_step
+
+    @property
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Stage ("val", "test") -> model -> metric -> value, of the last run; see `DuoMetrics`.
+
+        Of a further dataloader the stage is "val/dataloader_idx_1", say.
+        """
+        return self._record.results
+
+    @property
+    def predictions(self) -> dict[str, dict[str, Predictions]]:
+        """Stage -> form -> what it said of the samples of the last run; what `results` measure."""
+        return self._record.predictions
 
     @property
     def fit(self) -> TemperatureFit | None:
@@ -269,10 +270,10 @@ class DuoCallback(Callback):
         check_trainer(trainer, stage)
         self._check_others(trainer)
         if self._module is not pl_module:
-            self._step = 0
+            self._record.step = 0
             if stage == "fit" and self._module is not None:  # another base, another sidekick
                 self._sidekick.forget()
-                self._forget_run()
+                self._record.forget()
         if (sidekick := self._sidekick.module) is not None:
             check_model(sidekick, pl_module)
             if stage == "fit":
@@ -286,9 +287,9 @@ class DuoCallback(Callback):
                 )
             # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
             # otherwise, which is read after this.
-            self._training = self._training_state = self._best = None
-            self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
-            self.predictions = {}  # of models that are about to change
+            self._training = self._training_state = self._record.best = None
+            self._record.run = trainer.strategy.broadcast(uuid.uuid4().hex)
+            self._record.predictions = {}  # of models that are about to change
         self._module, self._restored = pl_module, False
 
     def _check_others(self, trainer: Trainer) -> None:
@@ -319,26 +320,24 @@ class DuoCallback(Callback):
                 "test without ckpt_path"
             )
         rank_zero_warn(f"{self._me}: {what}; the sidekick goes on from what is in memory")
-        self._step = -1  # it does not say
+        self._record.step = -1  # it does not say
 
     def _check_loaders(self, trainer: Trainer) -> None:
+        chosen = self._evaluator.calibration_loader
         loaders = len(trainer.num_val_batches)  # 0 as long as they are not set up
-        if loaders and self._calibration_loader >= loaders:
+        if loaders and chosen >= loaders:
             raise MisconfigurationException(
-                f"calibration_loader is {self._calibration_loader}, but the number of validation "
-                f"dataloaders is {loaders}, and the first of them is 0"
+                f"calibration_loader is {chosen}, but the number of validation dataloaders is "
+                f"{loaders}, and the first of them is 0"
             )
 
     def _warn_if_stale(self, module: LightningModule) -> None:
         model = self._sidekick.model
-        if self._fitted_to is None or model is None:
-            return
-        pairs = zip(fingerprints(module, model), self._fitted_to, strict=True)
-        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        if model is not None and self._record.is_stale(module, model):
             rank_zero_warn(
                 f"{self._me}: the temperatures were fitted at step {self.fitted_at_step} and the "
-                f"weights of base or sidekick are others now (the base is at step {self._step}); "
-                "refit them with trainer.validate"
+                "weights of base or sidekick are others now (the base is at step "
+                f"{self._record.step}); refit them with trainer.validate"
             )
 
     # ---- training ----
@@ -347,7 +346,7 @@ class DuoCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_restored(trainer)
         self._check_loaders(trainer)
-        self._step = trainer.global_step
+        self._record.step = trainer.global_step
 
     @override
     def on_train_batch_start(
@@ -368,8 +367,8 @@ class DuoCallback(Callback):
     ) -> None:
         inputs, targets = self._pair.after_step(pl_module)
         manual = not pl_module.automatic_optimization
-        before, self._step = self._step, trainer.global_step
-        stepped = self._step - before
+        before, self._record.step = self._record.step, trainer.global_step
+        stepped = trainer.global_step - before
         first = self._training is None
         if self._training is None:
             plan = {"steps_per_batch": stepped if manual else 1, "step": before}
@@ -391,7 +390,7 @@ class DuoCallback(Callback):
             targets if soft is None else soft,
             update=update,
         )
-        name = f"{self._log.prefix}sidekick/train_nll"
+        name = f"{self._evaluator.log.prefix}sidekick/train_nll"
         pl_module.log(name, loss, prog_bar=True, on_step=True, on_epoch=False)
 
     def _begin(
@@ -441,10 +440,10 @@ class DuoCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not before: callbacks that average weights write them at the end of training.
         self._warn_if_stale(pl_module)
-        self._say()
+        self._evaluator.say()
         if self._summary and self.calibration is not None and "val" in self.results:
             shown = {model: self.results["val"][model] for model in LOGGED}
-            fitted = self._calibration_loader == 0
+            fitted = self._evaluator.calibration_loader == 0
             data = "the validation set" + (" (which fitted the temperatures)" if fitted else "")
             data += f", {self._name}" if self._name else ""
             rank_zero_only(print_summary)(shown, self.calibration, data=data, balance=self.balance)
@@ -454,8 +453,7 @@ class DuoCallback(Callback):
         if self._predicting:
             return
         self._pair.reset()
-        self._collected.clear()
-        self._metrics.clear()
+        self._evaluator.clear()
         self._stop_training()
         if self._sidekick.model is not None:
             self._sidekick.model.to(pl_module.device)
@@ -477,8 +475,7 @@ class DuoCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collected.begin(trainer.val_dataloaders)
-        self._validated = None
+        self._evaluator.begin_validation(trainer)
         self._check_loaders(trainer)
         if self._training is not None:
             self._training.sync_buffers()
@@ -489,15 +486,15 @@ class DuoCallback(Callback):
 
     def _take_best(self) -> None:
         """Pair the base of a checkpoint with the best sidekick of the run."""
-        if self._best is None or self._sidekick.model is None:
+        best, step = self._record.best, self._record.step
+        if best is None or self._sidekick.model is None:
             return
-        self._sidekick.model.load_state_dict(self._best.weights)
-        step = self._step if self._step >= 0 else "that is not known"
+        self._sidekick.model.load_state_dict(best.weights)
         self._paired_anew = True
         rank_zero_info(
-            f"{self._me}: the base of step {step} is paired with the sidekick of step "
-            f"{self._best.step}, whose validation loss of {self._best.nll:.4f} (at its own best "
-            "temperature) is its lowest"
+            f"{self._me}: the base of step {step if step >= 0 else 'that is not known'} is paired "
+            f"with the sidekick of step {best.step}, whose validation loss of {best.nll:.4f} (at "
+            "its own best temperature) is its lowest"
         )
 
     @override
@@ -521,19 +518,7 @@ class DuoCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        try:
-            logits = self._pair.logits(trainer, pl_module, outputs)
-        except ValueError as error:
-            if dataloader_idx == self._calibration_loader:
-                raise
-            self._collected.unusable.setdefault(dataloader_idx, str(error))
-            return
-        if trainer.sanity_checking:
-            return
-        self._collected.add(logits, dataloader_idx)
-        if self._validated is None and self._sidekick.model is not None:
-            # Here and not at the end: callbacks that average weights swap them for the batches.
-            self._validated = fingerprints(pl_module, self._sidekick.model)
+        self._evaluator.add_validation(trainer, pl_module, outputs, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -546,94 +531,7 @@ class DuoCallback(Callback):
                 f"{self._me}: the sidekick was not fine-tuned (no fit, no ckpt_path), so its head "
                 "is random and the duo is little more than the temperature-scaled base"
             )
-        processes = Processes(trainer, pl_module)
-        classes = processes.num_classes(self._sidekick.num_classes)
-        loaders = self._measurable(processes, len(trainer.num_val_batches))
-        samples = self._collected.of_loaders(len(trainer.num_val_batches), classes)
-        self._collected.clear()
-        # Whatever there is was found with other temperatures.
-        self.calibration, self.predictions = None, {}
-        self.results = {k: v for k, v in self.results.items() if k.partition("/")[0] != "val"}
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        try:
-            chosen = samples[self._calibration_loader]
-            fit = fit_temperatures(*chosen, reduce=processes.reduce)
-        except ValueError as error:
-            if not fitting:
-                raise
-            rank_zero_warn(  # the base's training is not to end with the sidekick
-                f"{self._me}: no temperatures can be fitted at step {self._step}: {error}. If it "
-                "is the sidekick that diverges, give it a smaller learning rate (optimizer=...) or "
-                "clip gradients; if the base masks classes, the sidekick must mask them too"
-            )
-            return
-        self._calibrate(processes, fit, {index: samples[index] for index in loaders}, classes)
-        model = self._sidekick.model
-        if fitting and model is not None:
-            if self._best is None or fit.nll_sidekick < self._best.nll:
-                self._best = BestSidekick.of(model, fit.nll_sidekick, self._step)
-
-    def _measurable(self, processes: Processes, loaders: int) -> list[int]:
-        """Loaders with samples, all of which are usable; others than the one that fits may lack."""
-        found = []
-        for index in range(loaders):
-            why = self._collected.unusable.get(index)
-            if processes.total(int(why is not None)):
-                rank_zero_warn(
-                    f"{self._me}: validation dataloader {index} is not measured: "
-                    f"{why or 'another process cannot use its batches'}"
-                )
-            elif index == self._calibration_loader or processes.total(self._collected.count(index)):
-                found.append(index)
-        return found
-
-    def _calibrate(
-        self, processes: Processes, fit: TemperatureFit, samples: dict[int, Logits], classes: int
-    ) -> None:
-        """Take the temperatures, and measure the samples of all loaders with them."""
-        if fit.status == "separable":
-            rank_zero_warn(
-                f"{self._me}: the duo separates the validation set without error, so no finite "
-                "temperatures are best and confidences will be near 1; validate on more samples"
-            )
-        found = {}
-        for index, logits in samples.items():
-            metrics = DuoMetrics(classes, fit)
-            metrics.update(*logits)
-            found[index] = processes.predictions(metrics)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            chosen = found[self._calibration_loader]["duo"]
-            self.calibration = choose_threshold(fit, chosen, *self._request)
-        self._said = [str(warning.message) for warning in said]
-        if processes.trainer.state.fn != TrainerFn.FITTING:
-            self._say()
-        self.fitted_at_step, self._fitted_to = self._step, self._validated
-        for index, predictions in found.items():
-            self._measure(processes, "val", index, predictions)
-        for name, value in fit.temperatures._asdict().items():
-            self._log.value(processes, f"duo/temperature_{name}", value)
-        if self.calibration.threshold is not None:
-            self._log.value(processes, "duo/threshold", self.calibration.threshold.value)
-
-    def _say(self) -> None:
-        """Warn of the threshold that was chosen last; once, not at every validation of a fit."""
-        for message in self._said:
-            rank_zero_warn(f"{self._me}: {message}")
-        self._said = []
-
-    def _measure(
-        self,
-        processes: Processes,
-        stage: str,
-        loader: int,
-        predictions: dict[str, Predictions],
-    ) -> None:
-        threshold = None if self.calibration is None else self.calibration.threshold
-        place = (stage, _stage("", loader))
-        key = _stage(stage, loader)
-        self.results[key] = self._log.write(processes, place, predictions, threshold)
-        self.predictions[key] = predictions
+        self._evaluator.end_validation(trainer, pl_module)
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -644,10 +542,7 @@ class DuoCallback(Callback):
                 "first, or pass trainer.test(ckpt_path=...) a checkpoint saved after a validation"
             )
         self._warn_if_stale(pl_module)
-        classes = Processes(trainer, pl_module).num_classes(self._sidekick.num_classes)
-        self._collected.begin(trainer.test_dataloaders)
-        loaders = range(len(trainer.num_test_batches))
-        self._metrics = {index: DuoMetrics(classes, self.fit) for index in loaders}
+        self._evaluator.begin_test(trainer, pl_module)
 
     @override
     def on_test_batch_start(
@@ -670,19 +565,12 @@ class DuoCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        logits = self._pair.logits(trainer, pl_module, outputs)
-        check_samples(*logits)
-        logits = self._collected.own(logits, dataloader_idx)
-        self._metrics[dataloader_idx].update(*logits)
+        self._evaluator.add_test(trainer, pl_module, outputs, dataloader_idx)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pair.reset()
-        processes = Processes(trainer, pl_module)
-        for index, metrics in sorted(self._metrics.items()):
-            if not processes.total(self._collected.count(index)):
-                continue  # an empty loader
-            self._measure(processes, "test", index, processes.predictions(metrics))
+        self._evaluator.end_test(trainer, pl_module)
 
     # ---- checkpoints ----
 
@@ -700,17 +588,12 @@ class DuoCallback(Callback):
         return {
             "version": STATE_VERSION,
             "library": __version__,
-            "run": self._run,
             "name": self._sidekick.name,
             "num_classes": self._sidekick.num_classes,
             "sidekick": self._sidekick.model.state_dict(),
-            "training": training,
-            "best": self._best and self._best.state_dict(),
-            "calibration": self.calibration and self.calibration.state_dict(),
-            "fitted_at_step": self.fitted_at_step,
-            "fitted_to": self._fitted_to,
-            "results": self.results,
             "transform": self._sidekick.transform_name,
+            "training": training,
+            **self._record.state_dict(),
         }
 
     @override
@@ -718,7 +601,7 @@ class DuoCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if not self._predicting:
-            self._step = checkpoint["global_step"]
+            self._record.step = checkpoint["global_step"]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -743,29 +626,16 @@ class DuoCallback(Callback):
         # No download: the weights are in the checkpoint.
         model = sidekick.build(state_dict["num_classes"], self._module, pretrained=False)
         load_weights(model, state_dict["sidekick"], (state_dict["name"], sidekick.name))
-        best = state_dict["best"] and BestSidekick(**state_dict["best"])
-        mine = self._best if self._run == state_dict["run"] else None
-        self._best = min((b for b in (mine, best) if b), key=lambda b: b.nll, default=None)
-        self._run = state_dict["run"]
         self._training, self._training_state = None, state_dict["training"]
-        calibration = state_dict["calibration"]
-        self.calibration = calibration and Calibration.from_state_dict(calibration)
-        self.fitted_at_step = state_dict["fitted_at_step"]
-        self._fitted_to = state_dict["fitted_to"]
-        self.results = state_dict["results"]
-        self.predictions = {}
+        self._record.load_state_dict(state_dict)
         self._restored = True
         if self.calibration is not None:
             chosen = (self.calibration.target_accuracy, self.calibration.delta)
-            if self._request != chosen:
+            asked = self._evaluator.request
+            if asked != chosen:
                 rank_zero_warn(
                     f"{self._me}: the checkpoint's threshold was chosen for target_accuracy="
-                    f"{chosen[0]}, delta={chosen[1]}, this callback asks for {self._request[0]}, "
-                    f"{self._request[1]}; refit with trainer.validate"
+                    f"{chosen[0]}, delta={chosen[1]}, this callback asks for {asked[0]}, "
+                    f"{asked[1]}; refit with trainer.validate"
                 )
         rank_zero_info(f"{self._me}: sidekick {sidekick.name!r} restored from the checkpoint")
-
-
-def _stage(stage: str, loader: int) -> str:
-    """A stage, with a dataloader after the first."""
-    return f"{stage}/dataloader_idx_{loader}" if loader else stage

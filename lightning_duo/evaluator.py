@@ -1,129 +1,24 @@
-"""From the logits of a stage's batches to what is logged: over all loaders and processes."""
+"""Validation and test: from batches to temperatures, metrics and what is logged."""
 
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DistributedSampler
 
+from lightning_duo.calibration import choose_threshold
 from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
 from lightning_duo.figures import log_figures
 from lightning_duo.logits import Logits
+from lightning_duo.pair import Pair
+from lightning_duo.samples import Collected, Processes
+from lightning_duo.state import Record, fingerprints
+from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
 from lightning_duo.threshold import Threshold
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
-
-
-def own_samples(loader: Any) -> int | None:
-    """How many samples of a dataloader are this process's alone; None if there is no telling.
-
-    PyTorch's distributed sampler, which Lightning uses, gives every process equally many, and
-    repeats the first for that: sample i of process r is number i * processes + r of its order.
-    """
-    sampler = getattr(loader, "sampler", None)
-    strided = DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__
-    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ not in strided:
-        return None
-    if sampler.drop_last:
-        return None
-    dataset: Any = sampler.dataset
-    return len(range(sampler.rank, len(dataset), sampler.num_replicas))
-
-
-class Collected:
-    """Logits and targets of each dataloader of a stage, in this process, on the CPU."""
-
-    def __init__(self) -> None:
-        self._batches: dict[int, list[Logits]] = {}
-        self._counts: dict[int, int] = {}
-        self._limits: list[int | None] = []
-        self.unusable: dict[int, str] = {}
-        """Loaders that cannot be measured, and why."""
-
-    def begin(self, loaders: Any) -> None:
-        """Forget all, and learn of each of the stage's loaders how many samples are not repeated.
-
-        Args:
-            loaders: A dataloader, or a collection of them, as the Trainer has them.
-        """
-        self._batches.clear()
-        self._counts.clear()
-        self.unusable.clear()
-        self._limits = [own_samples(loader) for loader in tree_leaves(loaders)]
-
-    def add(self, logits: Logits, loader: int) -> None:
-        """Take a batch of a loader."""
-        self._batches.setdefault(loader, []).append(self.own(logits, loader))
-
-    def own(self, logits: Logits, loader: int) -> Logits:
-        """The next batch of a loader, without samples that only repeat those of other processes."""
-        limit = self._limits[loader] if loader < len(self._limits) else None
-        before = self.count(loader)
-        if limit is not None:
-            logits = Logits(*(part[: max(0, limit - before)] for part in logits))
-        self._counts[loader] = before + len(logits.targets)
-        return logits
-
-    def count(self, loader: int) -> int:
-        """How many samples of a loader this process has seen."""
-        return self._counts.get(loader, 0)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self.begin([])
-
-    def of_loaders(self, count: int, num_classes: int) -> list[Logits]:
-        """All samples of each loader, of which this process may have got none."""
-        nothing = torch.zeros(0, num_classes)
-        empty = Logits(nothing, nothing, torch.zeros(0, dtype=torch.long))
-        return [
-            Logits(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-            for batches in (self._batches.get(index, [empty]) for index in range(count))
-        ]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run, which see different samples and must say the same."""
-
-    trainer: Trainer
-    module: LightningModule
-
-    def num_classes(self, known: int | None) -> int:
-        """K, which a process that saw no batch learns from the others."""
-        if self.trainer.world_size == 1:
-            return known or 1
-        local = torch.tensor(known or 1, device=self.module.device)
-        return int(self.trainer.strategy.reduce(local, reduce_op="max"))
-
-    def total(self, local: int) -> int:
-        """The sum over processes."""
-        if self.trainer.world_size == 1:
-            return local
-        number = torch.tensor(local, device=self.module.device)
-        return int(self.trainer.strategy.reduce(number, reduce_op="sum"))
-
-    @property
-    def reduce(self) -> Callable[[Tensor], Tensor] | None:
-        """What `fit_temperatures` calls to add up its sums; None in a single process."""
-        return None if self.trainer.world_size == 1 else self._add_up
-
-    def _add_up(self, sums: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(sums.to(self.module.device), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total.cpu()
-
-    def predictions(self, metrics: DuoMetrics) -> dict[str, Predictions]:
-        """Those of all processes."""
-        if self.trainer.world_size > 1:  # they exchange what is on their devices
-            metrics = metrics.to(self.module.device)
-        return metrics.predictions()
 
 
 @dataclass(frozen=True)
@@ -172,3 +67,183 @@ class MetricLog:
                     "(TensorBoardLogger does, and any with log_image)"
                 )
         return results
+
+
+class Evaluator:
+    """Fits the temperatures at the end of a validation, and measures validation and test.
+
+    Args:
+        pair: Both models.
+        record: What is known of the run; it is brought up to date here.
+        log: Where values go.
+        calibration_loader: Index of the validation dataloader that fits.
+        request: Target accuracy and delta of the threshold, each None if there is none.
+        me: What to call the callback in messages.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        record: Record,
+        log: MetricLog,
+        *,
+        calibration_loader: int,
+        request: tuple[float | None, float | None],
+        me: str,
+    ) -> None:
+        self.pair, self.record, self.log = pair, record, log
+        self.calibration_loader, self.request, self.me = calibration_loader, request, me
+        self._collected = Collected()
+        self._metrics: dict[int, DuoMetrics] = {}
+        self._weights: list[int | None] = []
+        self._said: list[str] = []
+
+    def clear(self) -> None:
+        """Forget the samples."""
+        self._collected.clear()
+        self._metrics.clear()
+
+    def begin_validation(self, trainer: Trainer) -> None:
+        """Expect the samples of the Trainer's validation loaders."""
+        self._collected.begin(trainer.val_dataloaders)
+        self._weights = []
+
+    def add_validation(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
+    ) -> None:
+        """Take the batch whose validation step just returned ``outputs``."""
+        try:
+            logits = self.pair.logits(trainer, module, outputs)
+        except ValueError as error:
+            if loader == self.calibration_loader:
+                raise
+            self._collected.unusable.setdefault(loader, str(error))
+            return
+        if trainer.sanity_checking:
+            return
+        self._collected.add(logits, loader)
+        if not self._weights:
+            # Here and not at the end: callbacks that average weights swap them for the batches.
+            self._weights = self._fingerprints(module)
+
+    def _fingerprints(self, module: LightningModule) -> list[int | None]:
+        model = self.pair.sidekick.model
+        return [] if model is None else fingerprints(module, model)
+
+    def end_validation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Fit the temperatures, choose the threshold, measure and log.
+
+        Raises:
+            ValueError: If there is nothing to fit, and this is no validation within fit; there a
+                warning says so, since the base's training is not to end with the sidekick.
+        """
+        processes = Processes(trainer, module)
+        classes = processes.num_classes(self.pair.sidekick.num_classes)
+        loaders = self._measurable(processes, len(trainer.num_val_batches))
+        samples = self._collected.of_loaders(len(trainer.num_val_batches), classes)
+        self._collected.clear()
+        self.record.unfit()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        try:
+            chosen = samples[self.calibration_loader]
+            fit = fit_temperatures(*chosen, reduce=processes.reduce)
+        except ValueError as error:
+            if not fitting:
+                raise
+            rank_zero_warn(
+                f"{self.me}: no temperatures can be fitted at step {self.record.step}: {error}. If "
+                "it is the sidekick that diverges, give it a smaller learning rate "
+                "(optimizer=...) or clip gradients; if the base masks classes, the sidekick must "
+                "mask them too"
+            )
+            return
+        self._calibrate(processes, fit, {index: samples[index] for index in loaders}, classes)
+        if not fitting:
+            self.say()
+        elif self.pair.sidekick.model is not None:
+            self.record.consider(self.pair.sidekick.model, fit.nll_sidekick)
+
+    def _measurable(self, processes: Processes, loaders: int) -> list[int]:
+        """Loaders with samples, all of which are usable; others than the one that fits may lack."""
+        found = []
+        for index in range(loaders):
+            why = self._collected.unusable.get(index)
+            if processes.total(int(why is not None)):
+                rank_zero_warn(
+                    f"{self.me}: validation dataloader {index} is not measured: "
+                    f"{why or 'another process cannot use its batches'}"
+                )
+            elif index == self.calibration_loader or processes.total(self._collected.count(index)):
+                found.append(index)
+        return found
+
+    def _calibrate(
+        self, processes: Processes, fit: TemperatureFit, samples: dict[int, Logits], classes: int
+    ) -> None:
+        """Take the temperatures, and measure the samples of all loaders with them."""
+        if fit.status == "separable":
+            rank_zero_warn(
+                f"{self.me}: the duo separates the validation set without error, so no finite "
+                "temperatures are best and confidences will be near 1; validate on more samples"
+            )
+        found = {}
+        for index, logits in samples.items():
+            metrics = DuoMetrics(classes, fit)
+            metrics.update(*logits)
+            found[index] = processes.predictions(metrics)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = found[self.calibration_loader]["duo"]
+            calibration = choose_threshold(fit, chosen, *self.request)
+        self._said = [str(warning.message) for warning in said]
+        self.record.fit(calibration, self._weights or self._fingerprints(processes.module))
+        for index, predictions in found.items():
+            self._measure(processes, "val", index, predictions)
+        for name, value in fit.temperatures._asdict().items():
+            self.log.value(processes, f"duo/temperature_{name}", value)
+        if calibration.threshold is not None:
+            self.log.value(processes, "duo/threshold", calibration.threshold.value)
+
+    def say(self) -> None:
+        """Warn of the threshold that was chosen last; once, not at every validation of a fit."""
+        for message in self._said:
+            rank_zero_warn(f"{self.me}: {message}")
+        self._said = []
+
+    def begin_test(self, trainer: Trainer, module: LightningModule) -> None:
+        """Expect the samples of the Trainer's test loaders; temperatures must have been fitted."""
+        assert self.record.calibration is not None
+        classes = Processes(trainer, module).num_classes(self.pair.sidekick.num_classes)
+        self._collected.begin(trainer.test_dataloaders)
+        fit = self.record.calibration.fit
+        loaders = range(len(trainer.num_test_batches))
+        self._metrics = {index: DuoMetrics(classes, fit) for index in loaders}
+
+    def add_test(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
+    ) -> None:
+        """Take the batch whose test step just returned ``outputs``."""
+        logits = self.pair.logits(trainer, module, outputs)
+        check_samples(*logits)
+        self._metrics[loader].update(*self._collected.own(logits, loader))
+
+    def end_test(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure and log."""
+        processes = Processes(trainer, module)
+        for index, metrics in sorted(self._metrics.items()):
+            if processes.total(self._collected.count(index)):
+                self._measure(processes, "test", index, processes.predictions(metrics))
+
+    def _measure(
+        self,
+        processes: Processes,
+        stage: str,
+        loader: int,
+        predictions: dict[str, Predictions],
+    ) -> None:
+        calibration = self.record.calibration
+        threshold = None if calibration is None else calibration.threshold
+        suffix = f"/dataloader_idx_{loader}" if loader else ""
+        results = self.log.write(processes, (stage, suffix), predictions, threshold)
+        self.record.results[stage + suffix] = results
+        self.record.predictions[stage + suffix] = predictions

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_duo import __version__
+from lightning_duo.calibration import Calibration
+from lightning_duo.evaluation import Predictions
 
 STATE_VERSION = 3
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,6 +79,79 @@ def fingerprint(module: nn.Module) -> int | None:
 def fingerprints(*modules: nn.Module) -> list[int | None]:
     """The `fingerprint` of each."""
     return [fingerprint(module) for module in modules]
+
+
+class Record:
+    """What is known of a run: of which weights the temperatures are, and what they gave."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, for another base."""
+        self.calibration: Calibration | None = None
+        self.fitted_at_step = -1
+        self.results: dict[str, dict[str, dict[str, float]]] = {}
+        self.predictions: dict[str, dict[str, Predictions]] = {}
+        self.step = 0
+        """Global step of the base in memory; -1 if not known."""
+        self.best: BestSidekick | None = None
+        self.run = ""
+        """Tells the checkpoints of one run from those of another."""
+        self._fitted_to: list[int | None] = []
+
+    def unfit(self) -> None:
+        """Drop what was found with temperatures that no longer hold."""
+        self.calibration, self.predictions = None, {}
+        self.results = {k: v for k, v in self.results.items() if k.partition("/")[0] != "val"}
+
+    def fit(self, calibration: Calibration, weights: list[int | None]) -> None:
+        """Take temperatures that were fitted to the base in memory.
+
+        Args:
+            calibration: Temperatures and threshold.
+            weights: `fingerprints` of base and sidekick at that time.
+        """
+        self.calibration, self.fitted_at_step = calibration, self.step
+        self._fitted_to = weights
+
+    def consider(self, sidekick: nn.Module, nll: float) -> None:
+        """Keep a copy of the sidekick if none has been better.
+
+        Args:
+            sidekick: As it was validated.
+            nll: Its validation loss; see `BestSidekick`.
+        """
+        if self.best is None or nll < self.best.nll:
+            self.best = BestSidekick.of(sidekick, nll, self.step)
+
+    def is_stale(self, base: nn.Module, sidekick: nn.Module) -> bool:
+        """Whether the temperatures are for other weights than these."""
+        if self.calibration is None:
+            return False
+        pairs = zip(fingerprints(base, sidekick), self._fitted_to, strict=False)
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+        return {
+            "run": self.run,
+            "best": self.best and self.best.state_dict(),
+            "calibration": self.calibration and self.calibration.state_dict(),
+            "fitted_at_step": self.fitted_at_step,
+            "fitted_to": self._fitted_to,
+            "results": self.results,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint knows; a better sidekick of the same run is kept."""
+        best = state["best"] and BestSidekick(**state["best"])
+        mine = self.best if self.run == state["run"] else None
+        self.best = min((b for b in (mine, best) if b), key=lambda b: b.nll, default=None)
+        calibration = state["calibration"]
+        self.calibration = calibration and Calibration.from_state_dict(calibration)
+        self.run, self.results, self.predictions = state["run"], state["results"], {}
+        self.fitted_at_step, self._fitted_to = state["fitted_at_step"], state["fitted_to"]
 
 
 def check_state(state: dict[str, Any], num_classes: int | None) -> None:

@@ -33,6 +33,7 @@ ORDER = [
     "pair",
     "checks",
     "figures",
+    "samples",
     "evaluator",
     "summary",
     "report_figures",

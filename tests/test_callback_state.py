@@ -115,8 +115,8 @@ def test_the_best_of_another_run_is_not_taken(tmp_path: Path) -> None:
 def test_a_second_fit_looks_for_its_own_best(tmp_path: Path) -> None:
     duo, module, seen = trained(tmp_path)
     make_trainer(duo, max_epochs=1).fit(module, loader(TRAIN), loader(VAL))
-    assert duo._best.step == 6
-    assert duo._best.nll != min(seen.losses)
+    assert duo._record.best.step == 6
+    assert duo._record.best.nll != min(seen.losses)
 
 
 # ---- staleness ----

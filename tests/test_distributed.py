@@ -149,7 +149,7 @@ def run_in_parts(rank: int, folder: Path) -> list[str]:
             trainer.fit(module, train, val, ckpt_path=resume)
         assert trainer.global_step == 8
         states = [module.state_dict(), duo._sidekick.model.state_dict(), duo._training_state]
-        ends.append(digest([*states, *duo.fit.temperatures, duo._best.step]))
+        ends.append(digest([*states, *duo.fit.temperatures, duo._record.best.step]))
     return ends
 
 

@@ -99,7 +99,7 @@ def train(folder: Path) -> dict[str, Any]:
         "base": digest([module.state_dict(), trainer.optimizers[0].state_dict()]),
         "sidekick": digest(duo._sidekick.model.state_dict()),
         "training": digest(duo._training_state),
-        "best": [duo._best.nll, duo._best.step, digest(duo._best.weights)],
+        "best": [duo._record.best.nll, duo._record.best.step, digest(duo._record.best.weights)],
         "temperatures": [*duo.fit.temperatures, duo.fitted_at_step],
         "threshold": list(duo.calibration.threshold),
         "metrics": digest(duo.results["val"]),
