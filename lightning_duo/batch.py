@@ -1,21 +1,16 @@
-"""From a user's batch and module to inputs, targets and the base's logits."""
+"""From a user's batch to inputs and targets."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
 
 INPUT_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 
 BatchFn = Callable[[Any], tuple[Any, Tensor]]
-LogitsFn = Callable[[nn.Module, Any], Tensor]
 
 
 def read_batch(batch: Any) -> tuple[Any, Tensor]:
@@ -43,9 +38,9 @@ def read_batch(batch: Any) -> tuple[Any, Tensor]:
         seen = f"a mapping with the keys {sorted(map(str, batch))}"
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         inputs, targets = batch[:2] if len(batch) >= 2 else (None, None)
-        seen = f"a {type(batch).__name__} of {[_describe(part) for part in batch]}"
+        seen = f"a {type(batch).__name__} of {[describe(part) for part in batch]}"
     else:
-        inputs, targets, seen = None, None, _describe(batch)
+        inputs, targets, seen = None, None, describe(batch)
     if inputs is None or not isinstance(targets, Tensor):
         raise ValueError(
             f"cannot find inputs and targets in the batch: expected (inputs, targets) "
@@ -75,7 +70,7 @@ def read_inputs(batch: Any) -> Any:
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         inputs, seen = (batch[0] if batch else None), f"an empty {type(batch).__name__}"
     else:
-        inputs, seen = batch if isinstance(batch, Tensor) else None, _describe(batch)
+        inputs, seen = batch if isinstance(batch, Tensor) else None, describe(batch)
     if inputs is None:
         raise ValueError(
             f"cannot find the inputs in the batch: expected a tensor, (inputs, ...) or a mapping "
@@ -87,7 +82,7 @@ def read_inputs(batch: Any) -> Any:
 def check_read(found: Any) -> None:
     """Raise ValueError if what ``batch_fn`` returned is no (inputs, targets)."""
     if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
-        what = f"{len(found)} values" if isinstance(found, tuple | list) else _describe(found)
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
         raise ValueError(f"batch_fn must return (inputs, targets), got {what}")
     if not isinstance(found[1], Tensor):
         raise ValueError(
@@ -96,7 +91,7 @@ def check_read(found: Any) -> None:
         )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether the values are equal, NaN to NaN too."""
     return one.shape == other.shape and bool(torch.isclose(one, other, 0, 0, equal_nan=True).all())
 
@@ -118,7 +113,7 @@ class Snapshot:
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if a tensor is not what it was."""
         changed = [t for t, version in self._counted if t._version != version]
-        changed += [t for t, copy in self._copied if not _same(t, copy)]
+        changed += [t for t, copy in self._copied if not same_values(t, copy)]
         if changed:
             raise ValueError(
                 f"{type(module).__name__} changed the batch in place (the tensor of shape "
@@ -179,266 +174,8 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
     return targets.long()
 
 
-def as_logits(output: Any) -> Tensor | None:
-    """Find (N, K) logits in what a forward or a step returned; None if there are none.
-
-    Args:
-        output: A tensor, a mapping with the key ``logits`` or an object with that attribute.
-    """
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "logits", None)
-    is_logits = isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point()
-    return output if is_logits else None
-
-
-def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return finite base logits, detached, or raise ValueError.
-
-    Args:
-        logits: Logits of the base, shape (N, K).
-        targets: Targets of the same batch, shape (N,).
-    """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
-        raise ValueError(
-            f"the base must give logits of shape ({len(targets)}, K) for a batch of {len(targets)} "
-            f"targets, got {_describe(logits)}{_remedy(logits)}"
-        )
-    if logits.shape[1] < 2:
-        raise ValueError(
-            f"a duo needs logits of K >= 2 classes, the base gives {_describe(logits)}"
-            f"{_remedy(logits)}"
-        )
-    return logits.detach()
-
-
-def _remedy(output: Any) -> str:
-    """What to do about an output that is no (N, K) logits with K >= 2."""
-    logits = output.get("logits") if isinstance(output, Mapping) else output
-    logits = getattr(logits, "logits", logits)
-    if isinstance(logits, Tensor) and (logits.ndim == 1 or logits.shape[1:] == (1,)):
-        return (
-            "; of a single output z the two classes have the logits (0, z): pass DuoCallback(..., "
-            "logits_fn=lambda module, x: torch.nn.functional.pad(module(x).reshape(-1, 1), (1, 0)))"
-            " and class indices 0 and 1 as targets"
-        )
-    if isinstance(logits, Tensor) and logits.ndim > 2:
-        return (
-            "; one prediction for each sample is needed, so segmentation and the like cannot have "
-            "a duo; if one of them is the sample's, pass DuoCallback(..., logits_fn=...)"
-        )
-    return "; pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-
-
-class BaseLogits:
-    """The base's logits of a batch, at no second forward where that can be avoided.
-
-    In this order: the user's ``logits_fn``; logits in what the step returned; what the module's
-    forward returned during the step; else one extra forward, announced once.
-
-    Args:
-        logits_fn: ``(module, inputs) -> logits (N, K)``, or None.
-    """
-
-    def __init__(self, logits_fn: LogitsFn | None) -> None:
-        self.logits_fn = logits_fn
-        self._seen: list[tuple[Any, Tensor]] = []
-        self._handle: RemovableHandle | None = None
-        self._announced = self._doubted = self._compared = False
-
-    def watch(self, module: nn.Module) -> None:
-        """Record what the module's forward returns in the step that begins, until `unwatch`."""
-        self._seen.clear()
-        if self.logits_fn is None and self._handle is None:
-            self._handle = module.register_forward_hook(self._record, with_kwargs=True)
-
-    def unwatch(self) -> None:
-        """Stop recording and forget what was recorded."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
-        self._seen.clear()
-
-    def _record(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        # Other callbacks may call the module too; Lightning says whose turn it is.
-        if not (getattr(module, "_current_fx_name", None) or "a_step").endswith("_step"):
-            return
-        logits = as_logits(output)
-        if logits is not None:
-            self._seen.append((next(iter((*args, *kwargs.values())), None), logits.detach()))
-
-    def of(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> Tensor:
-        """Logits (N, K) of the batch whose step just returned ``outputs``.
-
-        Args:
-            module: The base.
-            outputs: What its training, validation or test step returned.
-            inputs: Inputs of the batch.
-            targets: Targets of the batch, shape (N,).
-
-        Raises:
-            ValueError: If no logits can be found or their shape does not fit the targets.
-        """
-        seen, self._seen = self._seen, []
-        if self.logits_fn is not None:
-            with evaluating(module), keeping_buffers(module):
-                return self._checked(self.logits_fn(module, inputs), targets)
-        logits = as_logits(outputs)
-        if logits is None or len(logits) != len(targets):
-            logits = self._from_forward(seen, inputs, targets)
-        if logits is None:
-            logits = self._extra_forward(module, inputs)
-        return self._checked(logits, targets)
-
-    def _checked(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = check_logits(logits, targets)
-        if not self._doubted and len(logits) and bool((logits >= 0).all()):
-            if bool((logits.float().sum(1) - 1).abs().max() < 1e-3):
-                rank_zero_warn(
-                    "DuoCallback: the base seems to give probabilities (non-negative rows that sum "
-                    "to 1) where logits belong; give it logits, or pass DuoCallback(..., "
-                    "logits_fn=...), or the temperatures will mean little"
-                )
-            self._doubted = True
-        return logits
-
-    def _from_forward(
-        self, seen: list[tuple[Any, Tensor]], inputs: Any, targets: Tensor
-    ) -> Tensor | None:
-        fitting = [(x, logits) for x, logits in seen if len(logits) == len(targets)]
-        same_input = [logits for x, logits in fitting if x is inputs]
-        candidates = same_input or [logits for _, logits in fitting]
-        if len(candidates) == 1 and not self._compared:
-            self._compared = True
-            self._compare(fitting, inputs)
-        if len(candidates) > 1 and not all(torch.equal(candidates[0], c) for c in candidates):
-            raise ValueError(
-                f"the step called the module's forward {len(candidates)} times and each gave "
-                f"logits for {len(targets)} samples, so it is unclear which are the prediction; "
-                'return {"logits": ...} from the step or pass '
-                "DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-            )
-        return candidates[0] if candidates else None
-
-    def _compare(self, calls: list[tuple[Any, Tensor]], inputs: Any) -> None:
-        """Say where the step does more with its forward than the duo will."""
-        argument = calls[0][0]
-        same = argument is inputs or (
-            isinstance(argument, Tensor)
-            and isinstance(inputs, Tensor)
-            and torch.equal(argument, inputs)
-        )
-        if len(calls) > 1 or not same:
-            what = f"calls forward {len(calls)} times" if same else "changes the batch's inputs"
-            rank_zero_warn(
-                f"DuoCallback: the step {what} before it has its logits, but the duo calls forward "
-                "once, on the inputs as they are in the batch; pass DuoCallback(..., "
-                "logits_fn=lambda module, inputs: ...) that does all the step does"
-            )
-
-    def num_classes(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> int:
-        """K, from any logits of the batch whose step just returned ``outputs``."""
-        widths = {logits.shape[1] for _, logits in self._seen if len(logits) == len(targets)}
-        if self.logits_fn is None and as_logits(outputs) is None and len(widths) == 1:
-            return widths.pop()
-        return self.of(module, outputs, inputs, targets).shape[1]
-
-    def _extra_forward(self, module: nn.Module, inputs: Any) -> Tensor:
-        if not self._announced:
-            rank_zero_info(
-                "DuoCallback: the step neither returns logits nor calls the module, so the base "
-                'runs once more per batch to get them; return {"logits": ...} to avoid that'
-            )
-            self._announced = True
-        with evaluating(module), keeping_buffers(module):
-            logits = call_base(module, inputs)
-        self._seen.clear()
-        return logits
-
-
-class LogitsOf(nn.Module):
-    """A base whose logits a ``logits_fn`` computes, as it is part of a duo.
-
-    Args:
-        logits_fn: ``(module, inputs) -> logits (N, K)``.
-        module: The base.
-
-    Example:
-        >>> base = LogitsOf(lambda module, x: 2 * module(x), nn.Linear(4, 3))
-        >>> base(torch.zeros(2, 4)).shape
-        torch.Size([2, 3])
-    """
-
-    def __init__(self, logits_fn: LogitsFn, module: nn.Module) -> None:
-        super().__init__()
-        self.logits_fn, self.module = logits_fn, module
-
-    @override
-    def forward(self, x: Any) -> Tensor:
-        return self.logits_fn(self.module, x)
-
-
-def has_forward(module: nn.Module) -> bool:
-    """Whether the user's class defines a forward (`LightningModule` only inherits an empty one)."""
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    return owner is not nn.Module and not owner.__module__.startswith("lightning.")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Generator[None, None, None]:
-    """Eval mode without gradients; every submodule gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextmanager
-def keeping_buffers(module: nn.Module) -> Generator[None, None, None]:
-    """Undo what a forward that the user does not know of does to buffers, such as counters."""
-    kept = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for part, name, buffer, values in kept:
-                part._buffers[name] = buffer
-                if not _same(buffer, values):
-                    buffer.copy_(values)
-
-
-def call_base(module: nn.Module, inputs: Any) -> Tensor:
-    """Run the module's own forward and return its logits (N, K).
-
-    Raises:
-        ValueError: If it has no forward, or one that gives no logits.
-    """
-    if not has_forward(module):
-        raise ValueError(
-            f"{type(module).__name__} has no forward, so its logits cannot be computed; define "
-            "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-        )
-    output = module(inputs)
-    logits = as_logits(output)
-    if logits is None:
-        raise ValueError(
-            f"the forward of {type(module).__name__} must give floating-point logits (N, K), or a "
-            f"mapping or object with them under 'logits', got {_describe(output)}{_remedy(output)}"
-        )
-    return logits
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a value is, in a few words for an error."""
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor {tuple(value.shape)}"
     return type(value).__name__

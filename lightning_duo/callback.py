@@ -13,13 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_duo import __version__
-from lightning_duo.batch import (
-    BatchFn,
-    LogitsFn,
-    check_soft_targets,
-    check_targets,
-    read_batch,
-)
+from lightning_duo.base import LogitsFn
+from lightning_duo.batch import BatchFn, check_soft_targets, check_targets, read_batch
 from lightning_duo.calibration import Calibration, check_request
 from lightning_duo.checks import check_trainer
 from lightning_duo.cofinetune import (

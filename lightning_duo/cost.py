@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_duo.batch import evaluating
+from lightning_duo.base import evaluating
 
 
 class Cost(NamedTuple):

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_duo.batch import as_logits, evaluating
+from lightning_duo.base import as_logits, evaluating
 from lightning_duo.module import DuoModule, DuoOutput
 from lightning_duo.threshold import plain_float
 from lightning_duo_kernels.composite import head

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_duo.arrays import read_array
-from lightning_duo.batch import BatchFn, check_targets, evaluating, read_batch
+from lightning_duo.base import evaluating
+from lightning_duo.batch import BatchFn, check_targets, read_batch
 from lightning_duo.module import DuoModule
 
 SURE = 5.0  # standard deviations above chance from which a model knows the targets

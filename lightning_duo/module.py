@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_duo.batch import as_logits
+from lightning_duo.base import as_logits
 from lightning_duo.temperature import UNWEIGHTED
 from lightning_duo_kernels import duo_head, weighted_sum
 

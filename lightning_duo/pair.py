@@ -10,20 +10,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_duo.batch import (
+from lightning_duo.base import (
     BaseLogits,
-    BatchFn,
     LogitsFn,
     LogitsOf,
-    Snapshot,
     call_base,
-    check_read,
-    check_targets,
     evaluating,
     has_forward,
     keeping_buffers,
-    read_batch,
 )
+from lightning_duo.batch import BatchFn, Snapshot, check_read, check_targets, read_batch
 from lightning_duo.calibration import Calibration
 from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.logits import Logits

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_duo.batch import as_logits
+from lightning_duo.base import as_logits
 from lightning_duo.randomness import own_stream
 from lightning_duo.zoo import SidekickSource, build_sidekick, check_source, data_config
 

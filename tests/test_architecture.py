@@ -19,6 +19,7 @@ ORDER = [
     "bootstrap",
     "randomness",
     "batch",
+    "base",
     "module",
     "predict",
     "export",

@@ -7,7 +7,7 @@ import torch
 from helpers import Classifier
 from torch import Tensor, nn
 
-from lightning_duo import batch
+from lightning_duo import base, batch
 
 X, Y = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
 
@@ -64,13 +64,13 @@ def test_targets_that_are_no_class_indices(targets: Tensor, message: str) -> Non
 
 def test_logits_are_found_in_mappings_and_objects() -> None:
     logits = torch.zeros(2, 3)
-    assert batch.as_logits(logits) is logits
-    assert batch.as_logits({"loss": 1, "logits": logits}) is logits
-    assert batch.as_logits(SimpleNamespace(logits=logits)) is logits
-    assert batch.as_logits(torch.zeros(2)) is None
-    assert batch.as_logits({"loss": logits}) is None
-    assert batch.as_logits(None) is None
-    assert batch.as_logits(torch.zeros(2, 3).long()) is None
+    assert base.as_logits(logits) is logits
+    assert base.as_logits({"loss": 1, "logits": logits}) is logits
+    assert base.as_logits(SimpleNamespace(logits=logits)) is logits
+    assert base.as_logits(torch.zeros(2)) is None
+    assert base.as_logits({"loss": logits}) is None
+    assert base.as_logits(None) is None
+    assert base.as_logits(torch.zeros(2, 3).long()) is None
 
 
 class CountedClassifier(Classifier):
@@ -85,7 +85,7 @@ class CountedClassifier(Classifier):
 
 def test_logits_of_a_step_need_no_second_forward() -> None:
     module = CountedClassifier().eval()
-    source = batch.BaseLogits(None)
+    source = base.BaseLogits(None)
     source.watch(module)
     expected = module(X)
     found = source.of(module, None, X, Y)
@@ -105,7 +105,7 @@ def test_a_step_without_forward_costs_one_more_and_leaves_the_mode(
 ) -> None:
     module = CountedClassifier().train()
     statistics = module.net[2].running_mean.clone()
-    source = batch.BaseLogits(None)
+    source = base.BaseLogits(None)
     source.watch(module)
     with caplog.at_level("INFO"):
         source.of(module, None, X, Y)
@@ -119,7 +119,7 @@ def test_a_step_without_forward_costs_one_more_and_leaves_the_mode(
 
 def test_of_several_forwards_the_one_on_the_batch_counts() -> None:
     module = Classifier().eval()
-    source = batch.BaseLogits(None)
+    source = base.BaseLogits(None)
     source.watch(module)
     expected = module(X)
     module(X.flip(-1))
@@ -132,7 +132,7 @@ def test_of_several_forwards_the_one_on_the_batch_counts() -> None:
 
 def test_logits_fn_is_used_in_eval_mode() -> None:
     module = Classifier().train()
-    source = batch.BaseLogits(lambda m, x: 2 * m.net(x))
+    source = base.BaseLogits(lambda m, x: 2 * m.net(x))
     found = source.of(module, None, X, Y)
     assert torch.equal(found, 2 * module.eval().net(X))
 
@@ -153,11 +153,11 @@ def test_forwards_without_usable_logits_are_named(output: object, message: str) 
             return output
 
     with pytest.raises(ValueError, match=message):
-        batch.BaseLogits(None).of(Odd(), None, X, Y)
+        base.BaseLogits(None).of(Odd(), None, X, Y)
 
 
 def test_probabilities_are_doubted_once() -> None:
-    source = batch.BaseLogits(None)
+    source = base.BaseLogits(None)
     probs = torch.randn(6, 4).softmax(1)
     with pytest.warns(UserWarning, match="probabilities"):
         source.of(Classifier(), probs, X, Y)
@@ -170,4 +170,4 @@ def test_a_module_without_forward_is_named() -> None:
         pass
 
     with pytest.raises(ValueError, match="StepsOnly has no forward"):
-        batch.BaseLogits(None).of(StepsOnly(), None, X, Y)
+        base.BaseLogits(None).of(StepsOnly(), None, X, Y)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback, DuoModule, DuoOutput
-from lightning_duo.batch import evaluating
+from lightning_duo.base import evaluating
 from lightning_duo.export import SUFFIX, Format, export_duo
 
 FORMATS = ("program", "aoti", "onnx")

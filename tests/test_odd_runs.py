@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lightning_duo import DuoCallback, DuoModule
-from lightning_duo.batch import LogitsOf
+from lightning_duo.base import LogitsOf
 from lightning_duo.samples import own_samples
 
 TRAIN = small_images(96, 1)
