@@ -108,7 +108,8 @@ class Snapshot:
     def __init__(self, batch: Any, *, copy: bool) -> None:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._counted = [(t, t._version) for t in tensors if not t.is_inference()]
-        self._copied = [(t, t.clone()) for t in tensors] if copy else []
+        whole = [t for t in tensors if copy and t.layout == torch.strided]
+        self._copied = [(t, t.clone()) for t in whole]
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError if a tensor is not what it was."""

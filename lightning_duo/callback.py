@@ -26,7 +26,7 @@ from lightning_duo.cofinetune import (
 )
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
-from lightning_duo.evaluator import LOGGED, Evaluator, MetricLog
+from lightning_duo.evaluator import LOGGED, Evaluator, MetricLog, stage_name
 from lightning_duo.figures import check_matplotlib
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
@@ -157,7 +157,8 @@ class DuoCallback(Callback):
         self._module: LightningModule | None = None
         self._training: SidekickTrainer | None = None
         self._training_state: dict[str, Any] | None = None
-        self._restored = self._predicting = self._testing = self._paired_anew = False
+        self._stage = ""
+        self._restored = self._paired_anew = False
 
     @property
     @override
@@ -250,7 +251,7 @@ class DuoCallback(Callback):
             self.predictions[stage],
             self.calibration,
             data=name,
-            held_out=stage != "val",
+            held_out=stage != stage_name("val", self._evaluator.calibration_loader),
             cost=self.cost or self._pair.cost(self._module),
             resamples=resamples,
         )
@@ -259,8 +260,8 @@ class DuoCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._predicting, self._testing = stage == "predict", stage == "test"
-        if self._predicting:
+        self._stage = stage
+        if stage == "predict":
             return  # the duo predicts through `DuoPredictor`, a module of its own
         check_trainer(trainer, stage)
         self._check_others(trainer)
@@ -445,7 +446,7 @@ class DuoCallback(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._predicting:
+        if stage == "predict":
             return
         self._pair.reset()
         self._evaluator.clear()
@@ -595,12 +596,12 @@ class DuoCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if not self._predicting:
+        if self._stage != "predict":
             self._record.step = checkpoint["global_step"]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict or self._predicting:
+        if not state_dict or self._stage == "predict":
             return
         sidekick = self._sidekick
         check_state(state_dict, sidekick.num_classes)
@@ -610,7 +611,7 @@ class DuoCallback(Callback):
                 f"{state_dict['transform']}, this callback's sees them through "
                 f"{sidekick.transform_name}"
             )
-        if self._paired_anew and self._testing:
+        if self._paired_anew and self._stage == "test":
             rank_zero_warn(
                 f"{self._me}: the pair that trainer.validate refitted gives way to that of the "
                 "checkpoint; to test the refitted one, call trainer.test(model, data) without "

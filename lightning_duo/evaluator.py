@@ -21,6 +21,11 @@ from lightning_duo.threshold import Threshold
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
 
 
+def stage_name(stage: str, loader: int) -> str:
+    """A stage, with a dataloader after the first as Lightning names it."""
+    return f"{stage}/dataloader_idx_{loader}" if loader else stage
+
+
 @dataclass(frozen=True)
 class MetricLog:
     """Measures predictions and sends the values, and figures if wanted, to the user's loggers."""
@@ -243,7 +248,7 @@ class Evaluator:
     ) -> None:
         calibration = self.record.calibration
         threshold = None if calibration is None else calibration.threshold
-        suffix = f"/dataloader_idx_{loader}" if loader else ""
-        results = self.log.write(processes, (stage, suffix), predictions, threshold)
-        self.record.results[stage + suffix] = results
-        self.record.predictions[stage + suffix] = predictions
+        name = stage_name(stage, loader)
+        place = (stage, name.removeprefix(stage))
+        self.record.results[name] = self.log.write(processes, place, predictions, threshold)
+        self.record.predictions[name] = predictions

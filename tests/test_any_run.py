@@ -381,6 +381,9 @@ def test_several_validation_loaders(chosen: int) -> None:
         duo={"calibration_loader": chosen},
     )
     check_duo(duo, module, data=(VAL, other)[chosen])
+    for index, stage in enumerate(("val", "val/dataloader_idx_1")):
+        page = duo.write_report(f"{index}.html", stage=stage, resamples=10).read_text()
+        assert ("These samples also fitted the temperatures" in page) == (index == chosen)
     module.eval()
     for suffix, data in (("", VAL), ("/dataloader_idx_1", other)):
         with torch.no_grad():
