@@ -197,8 +197,7 @@ def test_a_masked_class_is_as_if_it_did_not_exist() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_temperatures(A, B, Y)
-    for module in (temperature, nll):  # of the sample, and of a pass
-        monkeypatch.setattr(module, "CHUNK_LOGITS", 70)
+    monkeypatch.setattr(nll, "CHUNK_BYTES", 600)
     assert fit_temperatures(A, B, Y).temperatures == pytest.approx(whole.temperatures, rel=1e-6)
 
 
