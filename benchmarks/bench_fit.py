@@ -1,58 +1,88 @@
-"""How long fitting the two temperatures takes, beside general optimisers of the same problem.
+"""How long fitting the two temperatures takes, beside other ways to fit them.
 
-    python benchmarks/bench_fit.py [--repeats 5] [--threads 1]
+    python benchmarks/bench_fit.py [--quick] [--device cuda] [--threads 1]
 
-All find the minimum of the same NLL in float64 from the same logits; runs are interleaved and
-medians are shown with the ratio to fit_temperatures. Ours also fits each model alone, the others
-only the duo.
+- fit_temperatures: ours; it also fits base and sidekick alone, the others only the duo.
+- published: grid and L-BFGS of the code published with the paper (float32; up to 10^7 logits).
+- torch L-BFGS: with strong Wolfe line search, in float64.
+- scipy L-BFGS-B: on T >= 0 with analytic gradients, in float64 (CPU).
+- torch-uncertainty: its TemperatureScaler with its defaults; it fits one temperature, the base's.
+
+"excess" is the NLL (float64, in nats) above the lowest that any method found; for torch-uncertainty
+above that of the base at its best temperature. "passes" are reads of all logits. Memory is what a
+fit needs beyond the logits.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import Growth, Options, Row, parser, run
+from published import published_fit
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_duo import fit_temperatures
+from lightning_duo.timing import interleave, peak_memory
 
-SIZES = ((2500, 10), (7000, 257), (7000, 1000), (50000, 257))
+Data: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Found: TypeAlias = tuple[float, float, int]
+"""Temperatures of base and sidekick, and passes."""
+
+OURS, ONE = "fit_temperatures", "torch-uncertainty"
+QUICK = ((2500, 10), (2500, 100), (2500, 1000), (7000, 257))
+SIZES = (
+    *QUICK,
+    (7000, 1000),
+    (50_000, 257),
+    *((samples, 10) for samples in (10_000, 100_000, 1_000_000)),
+    (2500, 21841),
+)
+PUBLISHED_LOGITS = 10**7  # of one model; 625 passes over more take minutes
+GROWTH = (
+    Growth("samples", {"classes": 10}, ("ms", "peak_mb")),
+    Growth("classes", {"samples": 2500}, ("ms", "peak_mb")),
+)
 
 
-def two_models(count: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def two_models(samples: int, classes: int) -> Data:
     """Logits of two correlated models that are right about 80 % of the time, and targets."""
     generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(classes, (count,), generator=generator)
-    base, sidekick, shared = torch.randn(3, count, classes, generator=generator)
+    targets = torch.randint(classes, (samples,), generator=generator)
+    base, sidekick, shared = torch.randn(3, samples, classes, generator=generator)
     margin = 1.5 + classes**0.2
     for logits, quality in ((base, 1.0), (sidekick, 0.7)):
         logits += 0.5 * shared
-        logits[torch.arange(count), targets] += quality * margin
+        logits[torch.arange(samples), targets] += quality * margin
     return 1.5 * base, 1.5 * sidekick, targets
 
 
-def torch_lbfgs(base: Tensor, sidekick: Tensor, targets: Tensor) -> float:
+def ours(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
+    fit = fit_temperatures(base, sidekick, targets)
+    return *fit.temperatures, fit.passes
+
+
+def torch_lbfgs(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
     """L-BFGS with strong Wolfe line search on the whole set."""
-    a, b = base.double(), sidekick.double()
-    t = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+    a, b, passes = base.double(), sidekick.double(), 0
+    t = torch.full((2,), 0.5, dtype=torch.float64, device=base.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([t], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
+        nonlocal passes
+        passes += 1
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(t[0] * a + t[1] * b, targets)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return float(closure().detach())
+    return float(t[0]), float(t[1]), passes
 
 
-def scipy_lbfgsb(base: Tensor, sidekick: Tensor, targets: Tensor) -> float:
+def scipy_lbfgsb(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
     """L-BFGS-B on T >= 0 with analytic gradients."""
     a, b = base.double().numpy(), sidekick.double().numpy()
     rows, y = np.arange(len(targets)), targets.numpy()
@@ -67,43 +97,84 @@ def scipy_lbfgsb(base: Tensor, sidekick: Tensor, targets: Tensor) -> float:
         slopes = [float(((p * m).sum(1) - m[rows, y]).mean()) for m in (a, b)]
         return value, np.array(slopes)
 
-    return float(minimize(nll, [0.5, 0.5], jac=True, bounds=[(0, None)] * 2).fun)
+    found = minimize(nll, [0.5, 0.5], jac=True, bounds=[(0, None)] * 2)
+    return float(found.x[0]), float(found.x[1]), int(found.nfev)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    methods: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
-        "fit_temperatures": lambda *data: fit_temperatures(*data).nll,
-        "torch L-BFGS": torch_lbfgs,
-        "scipy L-BFGS-B": scipy_lbfgsb,
-    }
-    table = Table(title=f"CPU, {options.threads} torch threads, torch {torch.__version__}")
-    for heading in ("N x K", "method", "ms (median)", "of ours", "NLL above the best"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for count, classes in SIZES:
-        data = two_models(count, classes)
-        found = {name: method(*data) for name, method in methods.items()}  # also the warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(options.repeats):
-            for name, method in methods.items():
-                start = time.perf_counter()
-                method(*data)
-                seconds[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, median in medians.items():
-            table.add_row(
-                f"{count} x {classes}",
-                name,
-                f"{1000 * median:.1f}",
-                f"{median / medians['fit_temperatures']:.1f}",
-                f"{found[name] - min(found.values()):.1e}",
-            )
-    Console(width=100).print(table)
+def torch_uncertainty(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
+    """The temperature of the base alone, by another library's class as it is documented."""
+    from torch_uncertainty.post_processing import TemperatureScaler
+
+    scaler = TemperatureScaler(model=torch.nn.Identity(), device=base.device)
+    data = DataLoader(TensorDataset(base, targets), batch_size=len(base))
+    passes, scale = 0, scaler._scale
+
+    def counted(logits: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return scale(logits)
+
+    scaler._scale = counted
+    scaler.fit(data, progress=False)
+    return float(scaler.inv_temp), 0.0, passes
+
+
+def nll(t: Found, data: Data) -> float:
+    """Mean NLL in float64, by PyTorch's own loss."""
+    parts = zip(*(part.split(max(1, 10**6 // data[0].shape[1])) for part in data), strict=True)
+    total = sum(
+        torch.nn.functional.cross_entropy(
+            t[0] * a.double() + t[1] * b.double(), y, reduction="sum"
+        ).item()
+        for a, b, y in parts
+    )
+    return float(total) / len(data[2])
+
+
+def chosen(data: Data) -> dict[str, Callable[[], Found]]:
+    """The methods that can fit these data here."""
+    found: dict[str, Callable[..., Found]] = {OURS: ours}
+    if data[0].numel() <= PUBLISHED_LOGITS:
+        found["published"] = published_fit
+    found["torch L-BFGS"] = torch_lbfgs
+    if not data[0].is_cuda:
+        found["scipy L-BFGS-B"] = scipy_lbfgsb
+    try:
+        import torch_uncertainty as _  # noqa: F401
+
+        found[ONE] = torch_uncertainty
+    except ImportError:
+        print("torch-uncertainty is not installed, so it is not measured")
+    return {name: (lambda fit=fit: fit(*data)) for name, fit in found.items()}
+
+
+def rows_of(data: Data, case: dict[str, Any], asked: Options) -> Iterator[Row]:
+    """A row for each method on one set of logits."""
+    methods = chosen(data)
+    found = {name: method() for name, method in methods.items()}
+    losses = {name: nll(t, data) for name, t in found.items()}
+    best = min(loss for name, loss in losses.items() if name != ONE)
+    base_alone = fit_temperatures(*data).nll_base
+    timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=30)
+    for name, method in methods.items():
+        peak = peak_memory(method, asked.device)
+        yield {
+            **case,
+            **timing.row(name, OURS),
+            "passes": found[name][2],
+            "excess": losses[name] - (base_alone if name == ONE else best),
+            "peak_mb": None if peak is None else peak / 1e6,
+        }
+
+
+def measure(asked: Options, sizes: tuple[tuple[int, int], ...] | None = None) -> Iterator[Row]:
+    """Rows for all sizes."""
+    for samples, classes in sizes or (QUICK if asked.quick else SIZES):
+        base, sidekick, targets = (x.to(asked.device) for x in two_models(samples, classes))
+        yield from rows_of(
+            (base, sidekick, targets), {"samples": samples, "classes": classes}, asked
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run("fit", parser(__doc__).parse_args(), measure, GROWTH)

@@ -1,30 +1,44 @@
-"""How long the duo head takes on the CPU or a GPU, beside plain PyTorch and a copy of its bytes.
+"""What the duo head costs, beside plain PyTorch, the published procedure and a copy of its bytes.
 
-    python benchmarks/bench_head.py [--repeats 20] [--threads 1] [--device cpu] [--json FILE]
+    python benchmarks/bench_head.py [--quick] [--device cuda] [--threads 1]
 
-All methods of one size are measured in one process, interleaved, after warm-up and compilation;
-medians with 20 % and 80 % quantiles. "plain" is what one writes without this library: the weighted
-sum, softmax, max and argmax, in float32, without entropy. "copy" copies as many bytes as the head
-reads and writes at the least: both logits, and the probabilities.
+- plain: what one writes without this library: the weighted sum, softmax, max and argmax, in float32
+  and without entropy; "plain, compiled" is the same under Inductor.
+- published: the head of the code published with the paper.
+- head: our operator, with entropy, as it is, compiled, and compiled without the probabilities.
+- copy: copies as many bytes as the head reads and writes at the least: both logits and the
+  probabilities. GB/s is those bytes over the time; the copy's is what the memory gives.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import Growth, Options, Row, parser, run
+from published import published_head
 from torch import Tensor
 
+from lightning_duo.timing import interleave, peak_memory
 from lightning_duo_kernels import duo_head
 
-SIZES = ((1, 1000), (128, 10), (4096, 257), (1024, 1000), (4096, 1000), (256, 21841), (64, 151936))
-DTYPES = (torch.float32, torch.bfloat16)
+SIZES = (
+    (1, 10),
+    (1, 1000),
+    (128, 10),
+    (1024, 257),
+    (1024, 1000),
+    (4096, 1000),
+    (256, 21841),
+    (64, 151936),
+)
+ROWS = tuple((1024, classes) for classes in (10, 100, 10_000))  # for growth with K, beside 1000
+BATCHES = tuple((rows, 1000) for rows in (16, 128, 16_384))  # for growth with N
+QUICK = ((1, 10), (1024, 100), (1024, 1000), (1024, 10_000))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROWTH = (
+    Growth("classes", {"samples": 1024, "dtype": "float32"}, ("ms", "peak_mb")),
+    Growth("samples", {"classes": 1000, "dtype": "float32"}, ("ms", "peak_mb")),
+)
 
 
 def plain(base: Tensor, sidekick: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,100 +52,67 @@ def without_probs(base: Tensor, sidekick: Tensor, t: Tensor) -> Any:
     return duo_head(base, sidekick, t, return_probs=False)
 
 
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile."""
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return statistics.median(seconds), fifths[0], fifths[3]
-
-
-def measure(
-    rows: int, classes: int, dtype: torch.dtype, device: str, repeats: int
-) -> dict[str, tuple[float, float, float]]:
-    """Seconds of every method at one size."""
-    generator = torch.Generator().manual_seed(0)
-    base, sidekick = (torch.randn(rows, classes, generator=generator) * 3 for _ in range(2))
-    base, sidekick = base.to(device, dtype), sidekick.to(device, dtype)
-    t = torch.tensor([1.3, 0.4], device=device)
+def methods(base: Tensor, sidekick: Tensor) -> dict[str, Callable[[], Any]]:
+    """Everything to time on these logits."""
+    t = torch.tensor([1.3, 0.4], device=base.device)
     torch._dynamo.reset()
-    compiled_plain = torch.compile(plain, fullgraph=True)
-    compiled = torch.compile(duo_head, fullgraph=True)
-    lean = torch.compile(without_probs, fullgraph=True)
-    read = 2 * base.nbytes
-    source, target = (torch.ones(read // 2, dtype=torch.uint8, device=device) for _ in range(2))
-    wide, wider = (torch.ones(2 * rows * classes, dtype=torch.uint8, device=device) for _ in "ab")
+    compiled = {f: torch.compile(f, fullgraph=True) for f in (plain, duo_head, without_probs)}
+    source = torch.empty(base.nbytes, dtype=torch.uint8, device=base.device).fill_(1)
+    target = torch.empty_like(source)
+    wide = torch.empty(2 * base.numel(), dtype=torch.uint8, device=base.device).fill_(1)
+    wider = torch.empty_like(wide)
 
     def copy() -> None:
         target.copy_(source)  # reads and writes half of the logits' bytes each
         wider.copy_(wide)  # and half of the probabilities'
 
-    methods: dict[str, Callable[[], Any]] = {
+    return {
         "plain": lambda: plain(base, sidekick, t),
-        "plain, compiled": lambda: compiled_plain(base, sidekick, t),
+        "published": lambda: published_head(base, sidekick, t),
+        "plain, compiled": lambda: compiled[plain](base, sidekick, t),
         "head": lambda: duo_head(base, sidekick, t),
-        "head, compiled": lambda: compiled(base, sidekick, t),
-        "head, compiled, no probs": lambda: lean(base, sidekick, t),
+        "head, compiled": lambda: compiled[duo_head](base, sidekick, t),
+        "head, compiled, no probs": lambda: compiled[without_probs](base, sidekick, t),
         "copy": copy,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    calls = max(1, 200_000 // (rows * classes))  # small sizes run several times per reading
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    with torch.inference_mode():
-        for turn in range(repeats + 3):
-            for name, method in methods.items():
-                wait()
-                start = time.perf_counter()
-                for _ in range(calls):
-                    method()
-                wait()
-                if turn >= 3:
-                    seconds[name].append((time.perf_counter() - start) / calls)
-    return {name: quantiles(values) for name, values in seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="also write the rows here, a JSON object each")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    title = f"{where}, {options.threads} torch threads, torch {torch.__version__}"
-    table = Table(title=title)
-    for heading in ("B x K", "dtype", "method", "ms (median)", "20-80 %", "of plain", "of copy"):
-        table.add_column(heading, justify="left" if heading in ("dtype", "method") else "right")
-    records = []
-    for rows, classes in SIZES:
-        for dtype in DTYPES:
-            found = measure(rows, classes, dtype, options.device, options.repeats)
-            for name, (median, low, high) in found.items():
-                record = {
-                    "rows": rows,
-                    "classes": classes,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "method": name,
-                    "ms": 1e3 * median,
-                    "ms_20": 1e3 * low,
-                    "ms_80": 1e3 * high,
-                    "of_plain": median / found["plain"][0],
-                    "of_copy": median / found["copy"][0],
-                }
-                records.append({**record, "where": title})
-                table.add_row(
-                    f"{rows} x {classes}",
-                    str(record["dtype"]),
-                    name,
-                    f"{1e3 * median:.4g}",
-                    f"{1e3 * low:.3g}-{1e3 * high:.3g}",
-                    f"{record['of_plain']:.2f}",
-                    f"{record['of_copy']:.2f}",
-                )
-            table.add_section()
-    Console(width=110).print(table)
-    if options.json:
-        options.json.write_text("".join(json.dumps(record) + "\n" for record in records))
+def traffic(base: Tensor, method: str) -> int:
+    """Bytes that must be read and written at the least."""
+    probs = 0 if "no probs" in method else 4 * base.numel()
+    return 2 * base.nbytes + probs
+
+
+def measure(
+    asked: Options,
+    sizes: tuple[tuple[int, int], ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> Iterator[Row]:
+    """Rows for all sizes and dtypes."""
+    sizes = sizes or (QUICK if asked.quick else (*SIZES, *ROWS, *BATCHES))
+    growing = {*ROWS, *BATCHES}
+    for rows, classes in sorted(set(sizes), key=lambda size: (size[0] * size[1], size)):
+        few = asked.quick or (rows, classes) in growing
+        for dtype in dtypes or (DTYPES[:1] if few else DTYPES):
+            generator = torch.Generator().manual_seed(0)
+            base, sidekick = (
+                (3 * torch.randn(rows, classes, generator=generator)).to(asked.device, dtype)
+                for _ in range(2)
+            )
+            case = {"samples": rows, "classes": classes, "dtype": str(dtype).split(".")[1]}
+            with torch.inference_mode():
+                timed = methods(base, sidekick)
+                timing = interleave(timed, repeats=2 * asked.repeats, device=asked.device)
+                for name, method in timed.items():
+                    row = {**case, **timing.row(name, "plain")}
+                    copied = timing.ratio(name, "copy")
+                    peak = peak_memory(method, asked.device)
+                    yield row | {
+                        "of_copy": copied.median,
+                        "gb_per_s": traffic(base, name) / row["ms"] / 1e6,
+                        "peak_mb": None if peak is None else peak / 1e6,
+                    }
 
 
 if __name__ == "__main__":
-    main()
+    run("head", parser(__doc__).parse_args(), measure, GROWTH)

@@ -1,36 +1,27 @@
 """How long the selective metrics take, beside one sort of the same confidences.
 
-    python benchmarks/bench_metrics.py [--repeats 7] [--threads 1]
+    python benchmarks/bench_metrics.py [--quick] [--device cuda] [--threads 1]
 
-No metric of a ranking can be faster than ranking, so each is shown as a multiple of torch.sort;
-runs are interleaved and medians shown. Last comes what the AURC metric keeps per sample.
+No metric of a ranking can be faster than ranking, so each is shown as a multiple of torch.sort.
+Other libraries are measured where they are installed and have the same metric: torch-uncertainty's
+AURC (of probabilities; with two classes here), scikit-learn's and torchmetrics' AUROC. "kept_bytes"
+is what the AURC metric keeps of a sample.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import Growth, Options, Row, parser, run
 from torch import Tensor
 
 from lightning_duo import metrics, selective
 from lightning_duo.threshold import select_thresholds
+from lightning_duo.timing import interleave, peak_memory
 
-SIZES = (10**4, 10**5, 10**6)
-METHODS: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "torch.sort": lambda confidence, correct: confidence.sort(descending=True),
-    "aurc": selective.aurc,
-    "e_aurc": selective.e_aurc,
-    "augrc": selective.augrc,
-    "correctness_auroc": selective.correctness_auroc,
-    "coverage_at_accuracy": lambda *data: selective.coverage_at_accuracy(*data, 0.9),
-    "fpr_at_tpr": selective.fpr_at_tpr,
-    "select_threshold": lambda *data: select_thresholds(*data, [0.9]),
-    "select_threshold, delta": lambda *data: select_thresholds(*data, [0.9], delta=0.05),
-}
+SIZES = (10**4, 10**5, 10**6, 10**7)
+SORT = "torch.sort"
+GROWTH = (Growth("samples", {}, ("ms", "peak_mb")),)
 
 
 def samples(count: int) -> tuple[Tensor, Tensor]:
@@ -40,15 +31,49 @@ def samples(count: int) -> tuple[Tensor, Tensor]:
     return confidence, torch.rand(count, generator=generator) < confidence
 
 
-def median_seconds(data: tuple[Tensor, Tensor], repeats: int) -> dict[str, float]:
-    """Each method's median time over interleaved runs, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    for _ in range(repeats + 1):
-        for name, method in METHODS.items():
-            start = time.perf_counter()
-            method(*data)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+def others(confidence: Tensor, correct: Tensor) -> dict[str, Callable[[], object]]:
+    """The same metrics in libraries that are here."""
+    from torchmetrics.functional.classification import binary_auroc
+
+    found: dict[str, Callable[[], object]] = {
+        "torchmetrics AUROC": lambda: binary_auroc(confidence, correct.long())
+    }
+    if find_spec("torch_uncertainty"):
+        from torch_uncertainty.metrics import AURC
+
+        # With two classes: the confidence is the larger probability, and the target says whether
+        # the prediction is right. Confidences below a half are mapped above it, order kept.
+        upper = 0.5 + confidence / 2
+        probs = torch.stack([1 - upper, upper], dim=1)
+
+        def aurc() -> Tensor:
+            metric = AURC().to(confidence.device)
+            metric.update(probs, correct.long())
+            return metric.compute()
+
+        found["torch-uncertainty AURC"] = aurc
+    if find_spec("sklearn") and not confidence.is_cuda:
+        from sklearn.metrics import roc_auc_score
+
+        arrays = correct.numpy(), confidence.numpy()
+        found["scikit-learn AUROC"] = lambda: roc_auc_score(*arrays)
+    return found
+
+
+def ours(confidence: Tensor, correct: Tensor) -> dict[str, Callable[[], object]]:
+    """Each metric of this library, and the sort."""
+    data = (confidence, correct)
+    return {
+        SORT: lambda: confidence.sort(descending=True),
+        "aurc": lambda: selective.aurc(*data),
+        "e_aurc": lambda: selective.e_aurc(*data),
+        "augrc": lambda: selective.augrc(*data),
+        "correctness_auroc": lambda: selective.correctness_auroc(*data),
+        "coverage_at_accuracy": lambda: selective.coverage_at_accuracy(*data, 0.9),
+        "fpr_at_tpr": lambda: selective.fpr_at_tpr(*data),
+        "select_threshold": lambda: select_thresholds(*data, [0.9]),
+        "select_threshold, delta": lambda: select_thresholds(*data, [0.9], delta=0.05),
+    }
 
 
 def bytes_per_sample(data: tuple[Tensor, Tensor]) -> float:
@@ -60,25 +85,20 @@ def bytes_per_sample(data: tuple[Tensor, Tensor]) -> float:
     return sum(part.untyped_storage().nbytes() for part in kept) / len(data[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    table = Table(title=f"CPU, {options.threads} torch threads, torch {torch.__version__}")
-    for heading in ("N", "method", "ms (median)", "of one sort"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for count in SIZES:
-        medians = median_seconds(samples(count), options.repeats)
-        for name, median in medians.items():
-            ratio = median / medians["torch.sort"]
-            table.add_row(f"{count}", name, f"{1000 * median:.2f}", f"{ratio:.2f}")
-        table.add_section()
-    console = Console(width=100)
-    console.print(table)
-    console.print(f"AURC() keeps {bytes_per_sample(samples(10**4)):.1f} bytes a sample")
+def measure(asked: Options, sizes: tuple[int, ...] | None = None) -> Iterator[Row]:
+    """Rows for all sizes."""
+    for count in sizes or (SIZES[:3] if asked.quick else SIZES):
+        confidence, correct = (part.to(asked.device) for part in samples(count))
+        methods = {**ours(confidence, correct), **others(confidence, correct)}
+        timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=60)
+        for name, method in methods.items():
+            peak = peak_memory(method, asked.device)
+            row = {"samples": count, **timing.row(name, SORT)}
+            row["peak_mb"] = None if peak is None else peak / 1e6
+            if name == "aurc":
+                row["kept_bytes"] = bytes_per_sample((confidence[:10_000], correct[:10_000]))
+            yield row
 
 
 if __name__ == "__main__":
-    main()
+    run("metrics", parser(__doc__).parse_args(), measure, GROWTH)

@@ -76,6 +76,8 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
         "seed": options.seed,
         "epochs": options.epochs,
+        "size": options.size,
+        "sidekick_size": options.sidekick_size,
     }
     (options.output / "results.json").write_text(json.dumps(written, indent=2) + "\n")
     report = duo.write_report(options.output / "report.html")

@@ -1,5 +1,6 @@
 """`lightning-duo ...`: calibrate, report and export without writing Python."""
 
+import json
 import os
 import sys
 import warnings
@@ -242,6 +243,120 @@ def export(
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, {chosen})")
 
 
+def bench(
+    *,
+    base: str,
+    sidekick: str,
+    input_size: str | None = None,
+    classes: int = 1000,
+    batch: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int | None = None,
+    repeats: int = 15,
+    compiled: bool = True,
+    output: str | None = None,
+) -> None:
+    """Measure what a duo of two models costs on this machine, in minutes.
+
+    Throughput and latency of the base, the sidekick, their duo, and the ensemble of two bases that
+    one would run without a sidekick; as they are, compiled and exported, all in turns, so that the
+    ratios hold on a busy machine. Models given by name have random weights, which does not matter
+    for speed. What a duo gains is measured by `lightning-duo calibrate` and `report`.
+
+    Args:
+        base: The large model: a timm name (convnext_base), torchvision/NAME, or MODULE:FUNCTION,
+            which gives the model when called without arguments.
+        sidekick: The small model, likewise; behind a transform it is a function that gives
+            nn.Sequential(transform, model).
+        input_size: Size of one sample, such as 3x224x224; by default the one the base states.
+        classes: Number of classes of models given by name.
+        batch: Samples in a batch for the throughput; by default 128, halved until a forward fits
+            into memory and, on a CPU, takes no more than a second. Latency is that of one sample.
+        dtype: Precision of weights and inputs.
+        device: Where to measure; auto is CUDA if there is a GPU.
+        threads: Threads that PyTorch may use; as many as it takes by itself if omitted.
+        repeats: Turns of each measurement, at least 3.
+        compiled: Also measure under torch.compile and AOTInductor, which takes minutes and needs a
+            C++ compiler.
+        output: File to write, *.jsonl: a JSON object a line with every figure, its spread and the
+            machine.
+    """
+    import torch
+    from rich.console import Console
+
+    from lightning_duo import throughput, zoo
+    from lightning_duo.module import DuoModule
+    from lightning_duo.timing import environment
+
+    numbers = {"classes": (classes, 1), "batch": (batch, 1), "threads": (threads, 1)}
+    for option, (value, least) in {**numbers, "repeats": (repeats, 3)}.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{option} is a number of at least {least}, got {value}")
+    _check_outputs({"--output": (output, ".jsonl")}, None)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    precision = getattr(torch, dtype)
+    models = [
+        _call(part, spec) if ":" in spec else zoo.build_sidekick(spec, classes, pretrained=False)
+        for part, spec in (("base", base), ("sidekick", sidekick))
+    ]
+    first, second = (model.eval().to(where, precision) for model in models)
+    size = (
+        _sizes(input_size) if input_size else None if ":" in base else zoo.input_size(base, first)
+    )
+    if size is None:
+        raise ValueError(
+            f"{base} does not state the size of its inputs; pass --input_size 3x224x224"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sample = torch.randn(1, *size, dtype=precision, device=where)
+    try:
+        counted = throughput.costs(first, second, sample)
+        limit = "as asked"
+        if batch is None:
+            duo = DuoModule(first, second, (1.0, 1.0)).eval()
+            batch, limit = throughput.largest_batch(
+                duo, sample, seconds=None if where == "cuda" else 1.0
+            )
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{base} and {sidekick} cannot run a sample of {'x'.join(map(str, size))} in {dtype}: "
+            f"{error}; pass another --input_size, or a sidekick behind a transform"
+        ) from error
+    console, started = Console(), Console(stderr=True)
+    with started.status("measuring") as status:
+        rows = throughput.measure_throughput(
+            first,
+            second,
+            sample,
+            sorted({1, batch}),
+            compiled=compiled,
+            exported=("program", "aoti") if compiled else ("program",),
+            repeats=repeats,
+            budget=60,
+            say=status.update,
+        )
+    machine = environment(where)
+    console.print(
+        throughput.throughput_table(
+            rows, f"{base} + {sidekick}, {'x'.join(map(str, size))}, {dtype}"
+        ),
+        *throughput.overhead_text(rows, counted),
+        f"Batch {batch}: {limit}. {machine['hardware']}, {machine['threads']} threads, PyTorch "
+        f"{machine['torch']}; ratios: median and 20 % - 80 % of the turns.",
+        sep="\n",
+        highlight=False,
+    )
+    if output is not None:
+        pair = {"base": base, "sidekick": sidekick, "input_size": list(size), "dtype": dtype}
+        lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
+        Path(output).write_text("".join(lines))
+        print(f"wrote {output}")
+
+
 def _sizes(text: str) -> list[int]:
     sizes = text.split("x")
     if not all(size.isdecimal() and int(size) for size in sizes):
@@ -309,14 +424,15 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # as `python -m` does, for MODULE:FUNCTION
     try:
         auto_cli(
-            {"calibrate": calibrate, "report": report, "export": export},
+            {"calibrate": calibrate, "report": report, "export": export, "bench": bench},
             as_positional=True,
             prog="lightning-duo",
             description=(
                 "A duo is a large classifier (base) and a much smaller one (sidekick) whose logits "
                 "are added with two fitted weights, for a more honest confidence. calibrate: make "
                 "a duo of two trained models. report: judge it on test data. export: turn a saved "
-                "duo into one file to deploy. 'lightning-duo COMMAND --help' says more."
+                "duo into one file to deploy. bench: measure what a duo of two models costs here. "
+                "'lightning-duo COMMAND --help' says more."
             ),
         )
     except (ValueError, RuntimeError, ImportError, OSError) as error:

@@ -1,6 +1,7 @@
 """What a duo costs: operations and parameters of its two models."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,11 @@ class Cost(NamedTuple):
 
 
 def count_flops(
-    module: nn.Module, example_input: Any, forward: Callable[..., Any] | None = None
+    module: nn.Module,
+    example_input: Any,
+    forward: Callable[..., Any] | None = None,
+    *,
+    fused: bool = False,
 ) -> int:
     """Floating-point operations of one forward in eval mode; a multiply-add counts two.
 
@@ -41,6 +46,7 @@ def count_flops(
         module: The model.
         example_input: Its input; cost grows with the batch, so use a batch of one.
         forward: How to run the module, ``(module, example_input)``; by default it is called.
+        fused: Let attention run fused, to see what the counter then misses.
 
     Returns:
         Operations of convolutions and matrix products; elementwise work is not counted.
@@ -50,18 +56,49 @@ def count_flops(
         >>> count_flops(torch.nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
         100
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast and fused)
     try:
         with (
             evaluating(module),
-            sdpa_kernel(SDPBackend.MATH),
+            nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
             forward(module, example_input) if forward else module(example_input)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
+
+
+def count_flops_fvcore(module: nn.Module, example_input: Any) -> tuple[int, list[str]]:
+    """The same by fvcore, the counter that most papers use, as a second opinion.
+
+    fvcore counts a multiply-add as one, so its total is doubled here. It counts from a trace, in
+    which a fused attention is one operation that it does not know; like normalisation and pooling,
+    which PyTorch's counter leaves out and fvcore adds, that makes the two differ.
+
+    Args:
+        module: The model, one of the kind that can be traced.
+        example_input: Its input, a batch of one.
+
+    Returns:
+        The operations, and the names of matrix products and attentions that were not counted.
+
+    Raises:
+        ImportError: If fvcore is missing.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    with evaluating(module):
+        analysis = FlopCountAnalysis(module, example_input)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        total = 2 * int(analysis.total())
+        skipped = sorted(
+            name
+            for name in analysis.unsupported_ops()
+            if any(part in name for part in ("attention", "mm", "conv", "linear", "transformer"))
+        )
+    return total, skipped
 
 
 def measure_cost(base: nn.Module, sidekick: nn.Module, example_input: Any) -> Cost:

@@ -261,6 +261,26 @@ def head_parameters(
     return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
 
 
+def input_size(source: str, model: nn.Module) -> tuple[int, ...] | None:
+    """Size (channels, height, width) of the images that a named model was published for.
+
+    Args:
+        source: A timm name or ``"torchvision/<name>"``.
+        model: The model of that name.
+
+    Returns:
+        The size; None if nothing is published for it.
+    """
+    if not source.startswith(TORCHVISION):
+        size = data_config(model).get("input_size")
+        return tuple(size) if size else None
+    import torchvision.models as zoo
+
+    weights = list(zoo.get_model_weights(source.removeprefix(TORCHVISION)))
+    crop = getattr(weights[0].transforms(), "crop_size", None) if weights else None
+    return (3, crop[0], crop[0]) if crop else None
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """What timm says of the images a model was trained on; empty for other models."""
     config = getattr(model, "pretrained_cfg", None)

@@ -30,6 +30,8 @@ ORDER = [
     "sidekick",
     "cofinetune",
     "cost",
+    "timing",
+    "throughput",
     "state",
     "pair",
     "checks",

@@ -1,0 +1,323 @@
+"""What training costs with the callback, beside training the base and the sidekick one by one.
+
+    python benchmarks/bench_cofinetune.py [--quick] [--device cuda] [--ranks 2]
+
+Every run is a whole `Trainer.fit` of one epoch with its validation: models are built, JPEG files
+of 500 x 375 pixels are decoded and augmented (random crop, flip, RandAugment), and with the
+callback the temperatures are fitted and the metrics computed. The sidekick alone is trained as the
+callback trains it, all layers with AdamW. "data" only reads the loaders. One run saves one reading
+of the data, so the least that can be expected is (base + sidekick - data) over (base + sidekick):
+the column "ideal".
+
+Bookkeeping is what the callback itself takes of a step of the base: its hooks, with a sidekick of
+one parameter, less a plain loop that trains the same sidekick.
+
+With --ranks the runs are also made with as many processes as data-parallel training would have,
+each with one thread and its own batches of the same size (gloo on the CPU).
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import timm
+import torch
+from harness import Growth, Options, Row, parser, run
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from lightning_duo import DuoCallback
+from lightning_duo.timing import Spread, Timing, interleave, peak_memory
+
+CLASSES = 20
+WIDTH, HEIGHT = 500, 375  # of a file, as usual in ImageNet
+
+
+class Case(NamedTuple):
+    """Models and sizes of one comparison."""
+
+    base: str
+    sidekick: str
+    pixels: int
+    batch: int
+    steps: int
+
+
+SMALL = Case("resnet18", "resnet10t", 64, 16, 6)
+CASES = (
+    SMALL._replace(batch=8),
+    SMALL,
+    SMALL._replace(batch=32),
+    Case("mobilenetv3_large_100", "mobilenetv3_small_050", 64, 16, 6),
+    Case("resnet50", "resnet18", 96, 16, 4),
+)
+GROWTH = (
+    Growth("batch", {"base": "resnet18", "pixels": 64, "ranks": 1}, ("ms", "peak_mb")),
+    Growth("batch", {"part": "bookkeeping"}),
+)
+
+
+def write_files(folder: Path, count: int) -> list[Path]:
+    """JPEG files cut from two photographs that scikit-learn carries, a class in each name."""
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(0)
+    photographs = [
+        torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images
+    ]
+    files = []
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        cut = v2.functional.resized_crop(
+            photograph,
+            *(int(torch.randint(60, (), generator=generator)) for _ in range(2)),
+            *(int(torch.randint(200, 360, (), generator=generator)) for _ in range(2)),
+            [HEIGHT, WIDTH],
+        )
+        files.append(folder / f"{number % CLASSES}_{number}.jpg")
+        Image.fromarray(cut.permute(1, 2, 0).numpy()).save(files[-1], quality=90)
+    return files
+
+
+class Photographs(Dataset[tuple[Tensor, int]]):
+    """Decodes and transforms a file, as an ImageFolder would."""
+
+    def __init__(self, files: list[Path], transform: Callable[[Any], Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.files[index]
+        with Image.open(path) as image:
+            return self.transform(image.convert("RGB")), int(path.name.split("_")[0])
+
+
+class Data(L.LightningDataModule):
+    """Training images with augmentation, and a quarter as many to validate."""
+
+    def __init__(self, files: list[Path], case: Case, workers: int) -> None:
+        super().__init__()
+        end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+        crop = v2.RandomResizedCrop(case.pixels, antialias=True)
+        whole = [v2.Resize(case.pixels, antialias=True), v2.CenterCrop(case.pixels)]
+        augment = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(), *end])
+        part = max(case.batch, len(files) // 5)
+        self.parts = (
+            Photographs(files[part:], augment),
+            Photographs(files[:part], v2.Compose([*whole, *end])),
+        )
+        self.how: dict[str, Any] = {"batch_size": case.batch, "num_workers": workers}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[0], shuffle=True, drop_last=True, **self.how)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[1], **self.how)
+
+    def read(self) -> None:
+        """What the loaders alone take in one epoch."""
+        for loader in (self.train_dataloader(), self.val_dataloader()):
+            for _ in loader:
+                pass
+
+
+class Classifier(L.LightningModule):
+    """An ordinary classifier."""
+
+    def __init__(self, name: str, lr: float = 1e-4) -> None:
+        super().__init__()
+        self.net, self.lr = timm.create_model(name, num_classes=CLASSES), lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+def trainer(device: str, ranks: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
+    return L.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def compare(case: Case, files: list[Path], asked: Options, workers: int, ranks: int) -> list[Row]:
+    """Rows of one case: base, sidekick and both in one run, and the data alone."""
+
+    def fit(name: str, sidekick: str | None = None) -> Callable[[], None]:
+        def whole() -> None:
+            torch.manual_seed(0)
+            added: list[L.Callback] = []
+            if sidekick is not None:
+                duo = DuoCallback(sidekick, pretrained=False, probe=0, summary=False)
+                added = [duo]
+            data = Data(files, case, workers)
+            trainer(asked.device, ranks, added).fit(Classifier(name), data)
+
+        return whole
+
+    methods = {
+        "base": fit(case.base),
+        "sidekick": fit(case.sidekick),
+        "callback": fit(case.base, case.sidekick),
+        "data": Data(files, case, workers).read,
+    }
+    timing = interleave(methods, repeats=max(3, asked.repeats // 3), device=asked.device)
+    turns = zip(*(timing.seconds[name] for name in ("base", "sidekick", "data")), strict=True)
+    ideal = Spread.of([(b + s - d) / (b + s) for b, s, d in turns]).median
+    rows = []
+    for name, method in methods.items():
+        alone = ("base", "sidekick") if name == "callback" else ("base",)
+        peak = peak_memory(method, asked.device)
+        row = {**case._asdict(), "workers": workers, "ranks": ranks, **timing.row(name, *alone)}
+        rows.append(row | {"peak_mb": None if peak is None else peak / 1e6})
+    rows[2]["ideal"] = ideal
+    return rows
+
+
+class Nothing(nn.Module):
+    """A sidekick that computes nothing."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(len(x), -1)
+
+
+class Timed(DuoCallback):
+    """Seconds of each training step: in the hooks, in a plain loop, and from start to start."""
+
+    def __init__(self) -> None:
+        super().__init__(Nothing, summary=False)
+        self.hooks: list[float] = []
+        self.plain: list[float] = []
+        self.starts: list[float] = []
+        self.twin = Nothing(CLASSES)
+        self.optimizer = torch.optim.AdamW(self.twin.parameters(), 1e-3)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Time the hook."""
+        self.starts.append(time.perf_counter())
+        super().on_train_batch_start(*args)
+        self.hooks.append(time.perf_counter() - self.starts[-1])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Time the hook, and then what a plain loop takes to train such a sidekick."""
+        start = time.perf_counter()
+        super().on_train_batch_end(*args)
+        middle = time.perf_counter()
+        inputs, targets = args[3]
+        nn.functional.cross_entropy(self.twin(inputs), targets).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.hooks[-1] += middle - start
+        self.plain.append(time.perf_counter() - middle)
+
+
+def bookkeeping(batch: int, steps: int) -> Row:
+    """What the callback itself takes of a step of ResNet-18 at 64 pixels, on the CPU."""
+    torch.manual_seed(0)
+    images = torch.randn(batch * steps, 3, 64, 64)
+    data = torch.utils.data.TensorDataset(images, torch.randint(CLASSES, (batch * steps,)))
+    timed = Timed()
+    fitter = trainer("cpu", callbacks=[timed])
+    fitter.limit_val_batches = 1
+    fitter.fit(Classifier("resnet18"), DataLoader(data, batch), DataLoader(data, batch))
+    seconds: dict[str, list[float]] = {"base's step": [], "bookkeeping": []}
+    spans = zip(timed.starts, timed.starts[1:], timed.hooks, timed.plain, strict=False)
+    for start, end, hooks, plain in list(spans)[5:]:  # the first build the sidekick and warm up
+        seconds["base's step"].append(end - start - hooks - plain)
+        seconds["bookkeeping"].append(max(1e-9, hooks - plain))
+    case = {"part": "bookkeeping", "base": "resnet18", "pixels": 64, "batch": batch}
+    return case | Timing(seconds).row("bookkeeping", "base's step")
+
+
+def measure(asked: Options, workers: int, ranks: int) -> Iterator[Row]:
+    """Rows of all cases, then with several processes, then of the bookkeeping."""
+    quiet()
+    cases = (SMALL,) if asked.quick else CASES
+    with tempfile.TemporaryDirectory() as folder:
+        needed = max(case.batch * case.steps * 5 // 4 for case in cases) * max(2, ranks)
+        files = write_files(Path(folder), needed)
+        for case in cases:
+            count = case.batch * case.steps * 5 // 4
+            yield from compare(case, files[:count], asked, workers, 1)
+        for number in dict.fromkeys((1, ranks)) if ranks > 1 else ():
+            yield from spawn(folder, number, asked, workers)
+    for batch in (16,) if asked.quick else (8, 16, 32, 64):
+        yield bookkeeping(batch, 25)
+
+
+def spawn(folder: str, ranks: int, asked: Options, workers: int) -> list[Row]:
+    """The small case in new processes of one thread each, by torchrun; rows of the first."""
+    result = Path(folder) / "rows.json"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--standalone", __file__, "--inner", folder, "--workers", str(workers)]
+    command += ["--device", asked.device, "--repeats", str(asked.repeats), "--threads", "1"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [{**row, "threads": 1} for row in json.loads(result.read_text())]
+
+
+def inner(given: argparse.Namespace) -> None:
+    """One of the processes that `spawn` starts."""
+    quiet()
+    ranks = int(os.environ["WORLD_SIZE"])
+    asked = Options(False, given.device, given.repeats, 1)
+    torch.set_num_threads(1)
+    folder = Path(given.inner)
+    files = sorted(folder.glob("*.jpg"))[: SMALL.batch * SMALL.steps * 5 // 4 * ranks]
+    rows = compare(SMALL, files, asked, given.workers, ranks)
+    if os.environ["RANK"] == "0":
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning_duo").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    made = parser(__doc__)
+    made.add_argument("--workers", type=int, default=0, help="processes that read data")
+    made.add_argument("--ranks", type=int, default=1, help="also measure with so many processes")
+    made.add_argument("--inner", help=argparse.SUPPRESS)
+    given = made.parse_args()
+    if given.inner:
+        inner(given)
+    else:
+        run("cofinetune", given, partial(measure, workers=given.workers, ranks=given.ranks), GROWTH)

@@ -1,0 +1,92 @@
+"""What a duo gains beside a deep ensemble of two, on the solar cells of the demo.
+
+    make demo SEED=0 OUTPUT=outputs/demo/seed0     # and other seeds
+    python benchmarks/gain.py outputs/demo/seed*   # trains a second base for each
+
+For each run of the demo a second base is trained on the same split from another seed. Compared on
+the test split, every form with its temperatures fitted on the validation split: the base, the duo,
+and the two bases with one temperature each (fitted as a duo is, so that only the second member
+differs) and as the plain mean of their probabilities. "flops" are those of a forward over the
+base's; gains are relative to the scaled base.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import timm
+from harness import Options, Row, parser, run
+from solar_cells import NUM_CLASSES, CellClassifier, SolarCells
+from torch import nn
+from torchvision.transforms import v2
+
+from lightning_duo import DuoModule, fit_temperatures
+from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.logits import collect_logits
+
+METRICS = ("nll", "aurc", "accuracy")
+SECOND = 1000  # added to the seed of the demo
+
+
+def second_base(data: SolarCells, epochs: int, seed: int) -> CellClassifier:
+    """The same base trained on the same split from another seed."""
+    L.seed_everything(seed, verbose=False)
+    model = CellClassifier()
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, data)
+    return model.eval()
+
+
+def compare(folder: Path) -> Iterator[Row]:
+    """Rows of one run of the demo."""
+    demo = json.loads((folder / "results.json").read_text())
+    sidekick = timm.create_model("tf_efficientnet_lite0", num_classes=NUM_CLASSES)
+    resize = v2.Resize(demo["sidekick_size"], antialias=True)
+    parts = CellClassifier(pretrained=False), nn.Sequential(resize, sidekick)
+    duo = DuoModule.load(folder / "duo.safetensors", *parts).eval()
+    data = SolarCells(demo["size"], seed=demo["seed"])
+    data.setup("fit")
+    other = second_base(data, demo["epochs"], SECOND + demo["seed"])
+    forms: dict[str, tuple[float, dict[str, float]]] = {}
+    balance = demo["flops_balance"]
+    for partner, flops, name in ((duo.sidekick, 1 + balance, "duo"), (other, 2.0, "2 bases")):
+        val = collect_logits(duo.base, partner, data.val_dataloader())
+        test = collect_logits(duo.base, partner, data.test_dataloader())
+        found = {k: measure(v) for k, v in evaluate(*test, fit_temperatures(*val)).items()}
+        forms["base"], forms["scaled base"] = (1.0, found["base"]), (1.0, found["base_scaled"])
+        forms[name] = (flops, found["duo"])
+    probs = (test.base.softmax(1) + test.sidekick.softmax(1)) / 2
+    plain = evaluate(probs.log(), probs.log(), test.targets, fit_temperatures(*val))["base"]
+    forms["2 bases, mean"] = (2.0, measure(plain))
+    reference = forms["scaled base"][1]
+    for name, (flops, values) in forms.items():
+        gains = {f"{m}_change": values[m] / reference[m] - 1 for m in METRICS}
+        chosen = {m: values[m] for m in METRICS}
+        yield {"seed": demo["seed"], "method": name, "flops": flops, **chosen, **gains}
+
+
+def measure_all(asked: Options, folders: list[Path]) -> Iterator[Row]:
+    """Rows of all runs."""
+    for folder in folders:
+        yield from compare(folder)
+
+
+def main() -> None:
+    made: argparse.ArgumentParser = parser(__doc__)
+    made.add_argument("demos", nargs="+", type=Path, help="folders that the demo wrote")
+    given: Any = made.parse_args()
+    run("gain", given, partial(measure_all, folders=given.demos))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Turn the rows that benchmarks wrote into Markdown: a summary, and RESULTS.md."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import Row, cells, columns, described, growth_text, ratio_cell
+
+NAMES = ("throughput", "head", "fit", "cofinetune", "metrics", "gain")
+TITLES = {
+    "throughput": "Throughput of pairs",
+    "head": "Head",
+    "fit": "Fit of the temperatures",
+    "cofinetune": "Training with the callback",
+    "metrics": "Metrics",
+    "gain": "Gain, beside an ensemble of two",
+}
+FIGURES = {"throughput": ("figure8.png", "throughput.png")}
+SCRIPTS = {"throughput": "throughput.py", "gain": "gain.py"}
+
+
+class Target(NamedTuple):
+    """What a ratio should be."""
+
+    what: str
+    benchmark: str
+    where: dict[str, Any]
+    holds: Callable[[float], bool]
+    wanted: str
+    column: str = "ratio"
+
+
+def at_most(limit: float) -> dict[str, Any]:
+    return {"holds": lambda value: value <= limit, "wanted": f"<= {limit:g}"}
+
+
+def at_least(limit: float) -> dict[str, Any]:
+    return {"holds": lambda value: value >= limit, "wanted": f">= {limit:g}"}
+
+
+BOTH, BOTH_COMPILED = "base + sidekick", "base, compiled + sidekick, compiled"
+TARGETS = (
+    Target("duo / (base + sidekick), eager", "throughput", {"method": "duo", "reference": BOTH},
+           **at_most(1.05)),
+    Target("duo / (base + sidekick), compiled", "throughput",
+           {"method": "duo, compiled", "reference": BOTH_COMPILED}, **at_most(1.05)),
+    Target("co-training / (base + sidekick), images decoded", "cofinetune",
+           {"method": "callback"}, **at_most(0.95)),
+    *(
+        Target(f"{what} at {n} x {k}", "fit", {"method": method, "samples": n, "classes": k},
+               **goal, column=column)
+        for n, k in ((2500, 1000), (7000, 257))
+        for what, method, goal, column in (
+            ("published fit / ours", "published", at_least(100), "ratio"),
+            ("NLL of ours above the lowest", "fit_temperatures", at_most(1e-6), "excess"),
+        )
+    ),
+    Target("torch-uncertainty's fit of one / ours of two, 7000 x 257", "fit",
+           {"method": "torch-uncertainty", "samples": 7000, "classes": 257}, **at_least(10)),
+)  # fmt: skip
+
+
+def load(folder: Path, name: str, kind: str = "jsonl") -> list[Row]:
+    """The rows of a benchmark; none if it was not run."""
+    path = folder / f"{name}.{kind}"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    made = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return [*made, *("| " + " | ".join(line) + " |" for line in lines)]
+
+
+def targets(folder: Path) -> list[str]:
+    """Each target, for every row that it is about."""
+    lines = []
+    for target in TARGETS:
+        rows = load(folder, target.benchmark)
+        found = [row for row in rows if target.where.items() <= row.items()]
+        for row in found:
+            given = [c for c in columns([row]) if c not in ("method", *target.where)]
+            keys = ("pair", "base", "sidekick", "pixels", "batch", "ranks", "threads")
+            case = ", ".join(f"{k} {row[k]}" for k in keys if k in given or k == "threads")
+            value = row[target.column]
+            text = ratio_cell(row) if target.column == "ratio" else f"{value:.1e}"
+            verdict = "yes" if target.holds(value) else "**no**"
+            lines.append([target.what, case, text, target.wanted, verdict])
+        if not found:
+            lines.append([target.what, "", "not measured", target.wanted, ""])
+    return table(("target", "case", "measured (20-80 %)", "wanted", "met"), lines)
+
+
+def overhead(folder: Path) -> list[str]:
+    """Measured time of a duo over its base beside 1 + FLOPs balance."""
+    rows, lines = load(folder, "throughput"), []
+    for cost in (row for row in rows if row.get("part") == "cost"):
+        for row in rows:
+            about = row.get("pair") == cost["pair"] and row.get("part") == "pair"
+            if about and row["method"].startswith("duo") and "sidekick" not in row["reference"]:
+                counted = [f"{1 + cost[k]:.3f}" if cost[k] is not None else "not measured"
+                           for k in ("balance", "balance_fused", "balance_fvcore")]  # fmt: skip
+                skipped = ", ".join(cost["skipped_fvcore"] or ()) or "nothing"
+                lines.append([row["pair"], row["method"], str(row["batch"]), ratio_cell(row),
+                              *counted, skipped])  # fmt: skip
+    headings = ("pair", "duo", "batch", "time / base", "1 + balance", "... fused attention",
+                "... by fvcore", "fvcore skipped")  # fmt: skip
+    return table(headings, lines) if lines else []
+
+
+def section(folder: Path, name: str, figures: str | None) -> list[str]:
+    """All rows of a benchmark, its growth and figures."""
+    rows = load(folder, name)
+    script = SCRIPTS.get(name, f"bench_{name}.py")
+    text = [f"## {TITLES[name]}", ""]
+    if not rows:
+        return [*text, f"Not measured: `python benchmarks/{script}`.", ""]
+    text += [f"`python benchmarks/{script}`, {rows[0]['date']}: {described(rows[0])}.", ""]
+    if name == "throughput" and (lines := overhead(folder)):
+        text += ["Overhead measured, beside what FLOPs say (three ways to count):", "", *lines, ""]
+        for row in (row for row in rows if row.get("part") == "determination"):
+            what = f"{row['method']}s, {row['models']} models, base {row['base']}"
+            text += [f"R2 of log throughput on log FLOPs, {what}: {row['r2']:.3f}.", ""]
+    hidden = ("cost", "determination", "zoo" if figures else "")
+    kinds = dict.fromkeys(row.get("part", "") for row in rows if row.get("part") not in hidden)
+    for kind in kinds:
+        headings, lines = cells([row for row in rows if row.get("part", "") == kind])
+        text += [*table(headings, lines), ""]
+    curves = load(folder, name, "growth.jsonl")
+    if curves:
+        text += ["Growth:", "", *(f"- {growth_text(curve)}" for curve in curves), ""]
+    if figures is not None:
+        drawn = [f for f in FIGURES.get(name, (f"{name}.png",)) if (folder / f).exists()]
+        text += [f"![{file}]({figures}/{file})" for file in drawn]
+    if not any(row["device"] == "cuda" for row in rows):
+        more = "" if name != "gain" else " DEMO_FOLDERS"
+        command = f"`python benchmarks/{script} --device cuda{more}`"
+        text += ["", f"CUDA: not measured; {command}."]
+    return [*text, ""]
+
+
+def summarize(folder: Path) -> Path:
+    """Write summary.md: targets and all tables."""
+    text = ["# Benchmarks: summary", "", *targets(folder), ""]
+    for name in NAMES:
+        text += section(folder, name, None)
+    path = folder / "summary.md"
+    path.write_text("\n".join(text))
+    return path
+
+
+def render(folder: Path, path: Path) -> Path:
+    """Write the report, and the rows and figures that it shows into a folder beside it."""
+    kept = path.parent / path.stem.lower()
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".png", ".jsonl") and file.parent != kept:
+            shutil.copy(file, kept / file.name)
+    path.write_text(report(kept))
+    return path
+
+
+def report(folder: Path) -> str:
+    """RESULTS.md, from the rows in a folder."""
+    rows = [row for name in NAMES for row in load(folder, name)]
+    profiles = sorted({row["profile"] for row in rows})
+    dates = sorted({row["date"] for row in rows})
+    text = [
+        "# Results of the benchmarks",
+        "",
+        "Written by `python benchmarks/run_all.py --results benchmarks/RESULTS.md` from rows of "
+        f"the {' and '.join(profiles)} profile ({', '.join(dates)}); nothing is typed by hand. "
+        f"The rows are in [{folder.name}]({folder.name}). Every ratio is of times taken in one "
+        "process: the median, and the 20 % and 80 % quantiles over the turns.",
+        "",
+        "## Targets",
+        "",
+        *targets(folder),
+        "",
+    ]  # fmt: skip
+    for name in NAMES:
+        text += section(folder, name, folder.name)
+    return "\n".join(text)

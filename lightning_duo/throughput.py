@@ -1,0 +1,336 @@
+"""What a duo costs beside its base alone, measured: throughput, latency, overhead."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_duo.base import as_logits
+from lightning_duo.cost import Cost, count_flops, count_flops_fvcore, measure_cost
+from lightning_duo.export import export_duo
+from lightning_duo.module import DuoModule
+from lightning_duo.timing import environment, interleave, peak_memory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_IMAGES = 128  # in a batch, as in the paper (App. A.2)
+SHARE_OF_MEMORY = 0.5  # of what the system has free, that one forward may take
+
+ENSEMBLE = "2 bases"
+COMPILED = ", compiled"
+EXPORTED = {"program": "duo, exported", "aoti": "duo, AOTInductor"}
+
+
+class Ensemble(nn.Module):
+    """Two bases that predict together: the mean of their probabilities, and its maximum.
+
+    Source: Lakshminarayanan, Pritzel and Blundell 2017, with two members.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (N, K), prediction (N,) and confidence (N,)."""
+        first, second = as_logits(self.first(x)), as_logits(self.second(x))
+        if first is None or second is None:
+            raise ValueError("both members must return logits (N, K)")
+        probs = (first.float().softmax(1) + second.float().softmax(1)) / 2
+        confidence, prediction = probs.max(1)
+        return probs, prediction, confidence
+
+
+class Batch(NamedTuple):
+    """The batch that a throughput is measured with."""
+
+    size: int
+    limit: str
+    """What keeps it from being larger, in words."""
+
+
+def largest_batch(
+    module: nn.Module,
+    sample: Tensor,
+    *,
+    most: int = MOST_IMAGES,
+    seconds: float | None = None,
+) -> Batch:
+    """Halve the batch until one forward fits.
+
+    On CUDA a batch is tried until none runs out of memory. On the CPU, where a process that takes
+    too much is killed, its memory is predicted from batches of one and two, and may be half of what
+    is free.
+
+    Args:
+        module: The largest of the models to run.
+        sample: An input of batch one, on the module's device.
+        most: Where to begin.
+        seconds: Longest forward, predicted from a batch of one; None for any.
+
+    Returns:
+        The size, and what limits it.
+
+    Raises:
+        RuntimeError: If not even one sample fits.
+
+    Source: Asymmetric Duos, App. A.2 (the largest batch that fits, at most 128).
+    """
+
+    def run(size: int) -> Callable[[], Any]:
+        inputs = sample.expand(size, *sample.shape[1:]).contiguous()
+        return lambda: module(inputs)
+
+    def fits(size: int) -> bool:
+        if sample.is_cuda:
+            try:
+                run(size)()
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return False
+            return True
+        return free is None or used + (size - 1) * more <= SHARE_OF_MEMORY * free
+
+    with torch.inference_mode():
+        run(1)()
+        one = interleave({"one": run(1)}, repeats=3, device=sample.device).spread("one").median
+        first, second = (peak_memory(run(size), sample.device) for size in (1, 2))
+        used, more = first or 0, max(0, (second or 0) - (first or 0))
+        free = _free_memory()
+        size, limit = most, f"at most {most}"
+        while not fits(size):
+            size, limit = size // 2, "memory"
+            if not size:
+                raise RuntimeError("not even one sample fits into memory; choose smaller models")
+        while seconds is not None and size > 1 and size * one > seconds:
+            size, limit = size // 2, f"a forward of {seconds:g} s"
+    return Batch(size, limit)
+
+
+def _free_memory() -> int | None:
+    """Bytes that this machine could still give, where Linux says it; the container's, if less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except OSError:
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except OSError:
+        pass
+    return free
+
+
+def measure_throughput(
+    base: nn.Module,
+    sidekick: nn.Module,
+    sample: Tensor,
+    batches: Sequence[int],
+    *,
+    compiled: bool = True,
+    exported: Iterable[str] = tuple(EXPORTED),
+    repeats: int = 10,
+    budget: float | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[dict[str, Any]]:
+    """Time base, sidekick, duo and two bases side by side, as they are, compiled and exported.
+
+    All run in inference mode with the same inputs; for each batch all are in one interleaved
+    measurement. The duo is `DuoModule` with its head, threshold and all; ``2 bases`` is the deep
+    ensemble of two members that a user would otherwise run.
+
+    Args:
+        base: The base, in the precision and on the device to measure.
+        sidekick: The sidekick, likewise; weights may be random.
+        sample: An input of batch one, likewise.
+        batches: Batch sizes to measure.
+        compiled: Also measure base, sidekick and duo under `torch.compile`.
+        exported: Formats of `export_duo` to measure the duo in: ``program``, ``aoti``.
+        repeats: Turns of each measurement.
+        budget: Seconds that the turns of one batch should take; see `interleave`.
+        say: Called with what is being done, which takes minutes where it compiles.
+
+    Returns:
+        One row for each batch, method and reference (``base``, or ``base + sidekick`` for the duo):
+        those of `Timing.row` with ``batch``, ``images_per_s`` and what `environment` says.
+
+    Raises:
+        RuntimeError: If a model cannot run the sample, or cannot be compiled or exported.
+
+    Source: Asymmetric Duos, Sec. 3.2 and App. B.
+    """
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
+    models: dict[str, Callable[[Tensor], Any]] = {
+        "base": base,
+        "sidekick": sidekick,
+        "duo": duo,
+        ENSEMBLE: Ensemble(base, copy.deepcopy(base)).eval(),
+    }
+    if compiled:
+        torch._dynamo.reset()
+        models |= {name + COMPILED: torch.compile(models[name]) for name in ("base", "sidekick")}
+        models["duo" + COMPILED] = torch.compile(duo)
+    rows = []
+    with _exported(duo, sample, exported, say) as files, torch.inference_mode():
+        models |= files
+        for batch in batches:
+            inputs = torch.randn(batch, *sample.shape[1:], dtype=sample.dtype, device=sample.device)
+            for name, model in models.items():
+                say(f"batch {batch}: {name}")
+                model(inputs)
+            methods = {name: _call(model, inputs) for name, model in models.items()}
+            timing = interleave(methods, repeats=repeats, device=sample.device, budget=budget)
+            for name in models:
+                for reference in _references(name, compiled):
+                    row = timing.row(name, *reference)
+                    speed = 1e3 * batch / row["ms"]
+                    rows.append({"batch": batch, **row, "images_per_s": speed})
+    surroundings = environment(sample.device)
+    return [{**row, **surroundings} for row in rows]
+
+
+def _call(model: Callable[[Tensor], Any], inputs: Tensor) -> Callable[[], Any]:
+    return lambda: model(inputs)
+
+
+def _references(name: str, compiled: bool) -> list[tuple[str, ...]]:
+    """What a method's time is compared with: the base run in the same way, and for duos both."""
+    same = COMPILED if name.endswith(COMPILED) or (compiled and name == EXPORTED["aoti"]) else ""
+    parts = [("base" + same, "sidekick" + same)] if name.startswith("duo") else []
+    return [("base" + same,), *parts]
+
+
+@contextmanager
+def _exported(
+    duo: DuoModule, sample: Tensor, formats: Iterable[str], say: Callable[[str], None]
+) -> Iterator[Mapping[str, Callable[[Tensor], Any]]]:
+    """The duo read back from files, which last as long as this context."""
+    example = sample.expand(2, *sample.shape[1:]).contiguous()
+    with TemporaryDirectory() as folder:
+        found: dict[str, Callable[[Tensor], Any]] = {}
+        for kind in formats:
+            say(f"exporting: {kind}")
+            path = export_duo(duo, f"{folder}/{kind}.pt2", example, format=kind)  # type: ignore[arg-type]
+            found[EXPORTED[kind]] = (
+                torch._inductor.aoti_load_package(str(path))
+                if kind == "aoti"
+                else torch.export.load(path).module()
+            )
+        yield found
+
+
+def costs(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any]:
+    """Operations and parameters, and what other ways of counting would say.
+
+    Args:
+        base: The base.
+        sidekick: The sidekick.
+        sample: An input of batch one.
+
+    Returns:
+        The fields of `Cost` and ``balance``; ``balance_fused``, counted while attention runs fused,
+        which hides its products from the counter; ``balance_fvcore`` and ``skipped_fvcore``, the
+        operations that fvcore could not count (None if it is missing or cannot trace the models).
+    """
+    cost = measure_cost(base, sidekick, sample)
+    fused = Cost(
+        count_flops(base, sample, fused=True),
+        count_flops(sidekick, sample, fused=True),
+        cost.parameters_base,
+        cost.parameters_sidekick,
+    )
+    found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
+    try:
+        (first, one), (second, other) = (
+            count_flops_fvcore(model, sample) for model in (base, sidekick)
+        )
+    except (ImportError, RuntimeError):
+        return {**found, "balance_fvcore": None, "skipped_fvcore": None}
+    skipped = sorted({*one, *other})
+    return {**found, "balance_fvcore": second / max(first, 1), "skipped_fvcore": skipped}
+
+
+def throughput_table(rows: Sequence[Mapping[str, Any]], title: str) -> "Table":
+    """What `measure_throughput` found, a line for each method."""
+    from rich.table import Table
+
+    batches = sorted({row["batch"] for row in rows})
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for batch in batches:
+        one = "images/s" if batch > 1 else "ms"
+        table.add_column(f"{one}, batch {batch}", justify="right")
+        table.add_column("time / base", justify="right", no_wrap=True)
+    for name in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for batch in batches:
+            row = find(rows, name, batch=batch)
+            cells += [f"{row['images_per_s' if batch > 1 else 'ms']:.4g}", ratio_text(row)]
+        table.add_row(name, *cells)
+    return table
+
+
+def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> list[str]:
+    """What the rows say of the duo's overhead, beside what its FLOPs say, in sentences.
+
+    Args:
+        rows: What `measure_throughput` found.
+        counted: What `costs` found.
+    """
+    giga, mega = 1e-9, 1e-6
+    batch = max(row["batch"] for row in rows)
+    text = [
+        f"FLOPs of one sample: base {giga * counted['flops_base']:.3g} G, "
+        f"sidekick {giga * counted['flops_sidekick']:.3g} G (a multiply-add is two); "
+        f"parameters {mega * counted['parameters_base']:.3g} M and "
+        f"{mega * counted['parameters_sidekick']:.3g} M."
+    ]
+    balance = counted["balance"]
+    if balance is not None:
+        text.append(
+            f"FLOPs balance {balance:.3f}: the duo should take {1 + balance:.3f} times as long."
+        )
+        others = {
+            "fvcore": counted["balance_fvcore"],
+            "PyTorch with attention fused": counted["balance_fused"],
+        }
+        for name, other in others.items():
+            if other is not None and abs(other - balance) > 0.01 * balance:
+                skipped = ", ".join(counted["skipped_fvcore"] or ()) if name == "fvcore" else ""
+                missing = f", without {skipped}" if skipped else ""
+                text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
+    for mode, same in (("", ""), (COMPILED, COMPILED)):
+        names = {row["method"] for row in rows}
+        if "duo" + mode in names:
+            of_base = find(rows, "duo" + mode, "base" + same, batch=batch)
+            both = f"base{same} + sidekick{same}"
+            of_both = find(rows, "duo" + mode, both, batch=batch)
+            text.append(
+                f"Measured{mode or ', as it is'}, batch {batch}: duo / base {ratio_text(of_base)}, "
+                f"duo / (base + sidekick) {ratio_text(of_both)}."
+            )
+    ensemble = find(rows, ENSEMBLE, batch=batch)
+    text.append(f"An ensemble of two bases takes {ratio_text(ensemble)} times as long as one.")
+    return text
+
+
+def find(
+    rows: Sequence[Mapping[str, Any]], method: str, reference: str | None = None, **case: Any
+) -> Mapping[str, Any]:
+    """The first row of a method, against a reference, with these values."""
+    wanted = {"method": method, **({} if reference is None else {"reference": reference}), **case}
+    return next(row for row in rows if wanted.items() <= row.items())
+
+
+def ratio_text(row: Mapping[str, Any]) -> str:
+    """A ratio with its 20 % and 80 % quantiles."""
+    return f"{row['ratio']:.3f} ({row['ratio_20']:.2f}-{row['ratio_80']:.2f})"

@@ -1,0 +1,229 @@
+"""Wall time and memory of several methods, measured in turns so that ratios can be trusted."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHORTEST = 0.002  # seconds of one reading; what is faster is called several times in it
+MOST_CALLS = 10_000
+
+
+class Spread(NamedTuple):
+    """Middle of several readings, and where most of them lie."""
+
+    median: float
+    low: float
+    """20 % quantile."""
+    high: float
+    """80 % quantile."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Median and quantiles, between neighbouring readings by linear interpolation.
+
+        Example:
+            >>> Spread.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+            Spread(median=3.5, low=2.0, high=5.0)
+        """
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), fifths[0], fifths[-1])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Readings of several methods, taken in the same turns."""
+
+    seconds: Mapping[str, Sequence[float]]
+    """Method -> seconds of one call, a reading a turn; all methods have as many."""
+
+    def spread(self, method: str) -> Spread:
+        """Seconds of one call."""
+        return Spread.of(self.seconds[method])
+
+    def ratio(self, method: str, *others: str) -> Spread:
+        """Time of a method over that of others together, turn by turn.
+
+        What slows the machine for a while slows both parts of a turn, so this varies less than the
+        ratio of two medians, and its spread says how much.
+
+        Example:
+            >>> Timing({"duo": [6.0, 12.0], "base": [4.0, 8.0], "sidekick": [1.0, 2.0]}).ratio(
+            ...     "duo", "base", "sidekick"
+            ... )
+            Spread(median=1.2, low=1.2, high=1.2)
+        """
+        turns = zip(self.seconds[method], *(self.seconds[name] for name in others), strict=True)
+        return Spread.of([first / sum(rest) for first, *rest in turns])
+
+    def row(self, method: str, *reference: str) -> dict[str, Any]:
+        """One line of a table: milliseconds of a call, and times the reference's."""
+        spread, ratio = self.spread(method), self.ratio(method, *reference)
+        return {
+            "method": method,
+            "ms": 1e3 * spread.median,
+            "ms_20": 1e3 * spread.low,
+            "ms_80": 1e3 * spread.high,
+            "reference": " + ".join(reference),
+            "ratio": ratio.median,
+            "ratio_20": ratio.low,
+            "ratio_80": ratio.high,
+            "readings": len(self.seconds[method]),
+        }
+
+
+def interleave(
+    methods: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 10,
+    device: str | torch.device = "cpu",
+    budget: float | None = None,
+) -> Timing:
+    """Time methods side by side.
+
+    Two calls of each come first, outside the clock, since the first may compile, allocate or read
+    from disk. Then each turn takes one reading of every method; a turn begins one method further
+    than the one before, so that none always follows the same other. On CUDA the device is idle
+    when a reading starts, and again before it ends. A method that takes less than 2 ms is called
+    several times in a reading.
+
+    Args:
+        methods: Name -> what to time, called without arguments.
+        repeats: Turns.
+        device: Where the methods run.
+        budget: Seconds that all turns together should take; as many turns are left out as that
+            needs, but three remain.
+
+    Returns:
+        The readings.
+
+    Example:
+        >>> timing = interleave({"sum": lambda: sum(range(1000)), "nothing": lambda: None})
+        >>> timing.ratio("sum", "nothing").median > 1
+        True
+    """
+    device = torch.device(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    calls, expected = {}, 0.0
+    for name, method in methods.items():
+        method()
+        seconds = _reading(method, 1, wait)
+        calls[name] = min(MOST_CALLS, max(1, round(SHORTEST / max(seconds, 1e-7))))
+        expected += seconds * calls[name]
+    if budget is not None:
+        repeats = max(3, min(repeats, int(budget / max(expected, 1e-9))))
+    readings: dict[str, list[float]] = {name: [] for name in methods}
+    order = list(methods)
+    for _ in range(repeats):
+        for name in order:
+            readings[name].append(_reading(methods[name], calls[name], wait))
+        order.append(order.pop(0))
+    return Timing(readings)
+
+
+def _reading(method: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        method()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def _nothing() -> None:
+    pass
+
+
+def peak_memory(method: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
+    """Bytes a call needs at its peak beyond what was in use before.
+
+    On CUDA as PyTorch's allocator counts them; on the CPU as Linux counts the memory of this
+    process, in steps of a page, where memory that was freed before and kept for reuse may hide
+    some of it.
+
+    Args:
+        method: Called once; call it once before, so that nothing of its set-up counts.
+        device: Where it runs.
+
+    Returns:
+        The bytes, or None on the CPU of another system.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        _trim()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+        before = _status("VmRSS")
+        method()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux states for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What every figure depends on besides the code: hardware, threads and versions.
+
+    Args:
+        device: Where the methods run.
+
+    Returns:
+        Plain values: ``device``, ``hardware``, ``cores``, ``threads``, ``python``, and the
+        versions of ``torch``, ``triton``, ``lightning`` and ``lightning_duo``, None if missing.
+    """
+    cuda = torch.device(device).type == "cuda"
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": torch.device(device).type,
+        "hardware": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "lightning", "lightning_duo")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

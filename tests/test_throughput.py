@@ -1,0 +1,152 @@
+"""The measurement of a pair: what is measured, and against what; speeds are not judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lightning_duo import cost, throughput
+from lightning_duo.throughput import Ensemble, costs, largest_batch, measure_throughput
+from lightning_duo.timing import Timing
+from lightning_duo.zoo import input_size
+
+
+def pair() -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    return (
+        base.eval(),
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval(),
+        torch.randn(1, 3, 8, 8),
+    )
+
+
+def test_the_ensemble_is_the_mean_of_both_softmaxes() -> None:
+    base, sidekick, _ = pair()
+    x = torch.randn(6, 3, 8, 8)
+    probs, prediction, confidence = Ensemble(base, sidekick)(x)
+    want = torch.stack([base(x).softmax(1), sidekick(x).softmax(1)]).mean(0)
+    torch.testing.assert_close(probs, want)
+    assert torch.equal(prediction, want.argmax(1))
+    torch.testing.assert_close(confidence, want.amax(1))
+
+
+def test_rows_hold_every_method_against_its_own_reference() -> None:
+    said: list[str] = []
+    rows = measure_throughput(*pair(), [1, 4], repeats=3, say=said.append)
+    found = {(row["method"], row["reference"]) for row in rows}
+    compiled = "base, compiled + sidekick, compiled"
+    assert found == {
+        ("base", "base"),
+        ("sidekick", "base"),
+        ("duo", "base"),
+        ("duo", "base + sidekick"),
+        ("2 bases", "base"),
+        ("base, compiled", "base, compiled"),
+        ("sidekick, compiled", "base, compiled"),
+        ("duo, compiled", "base, compiled"),
+        ("duo, compiled", compiled),
+        ("duo, exported", "base"),
+        ("duo, exported", "base + sidekick"),
+        ("duo, AOTInductor", "base, compiled"),
+        ("duo, AOTInductor", compiled),
+    }
+    assert {row["batch"] for row in rows} == {1, 4}
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        assert row["ratio_20"] <= row["ratio"] <= row["ratio_80"]
+        assert row["torch"]
+    assert "exporting: aoti" in said
+    text = "\n".join(throughput.overhead_text(rows, costs(*pair())))
+    row = throughput.find(rows, "duo", "base + sidekick", batch=4)
+    assert f"duo / (base + sidekick) {throughput.ratio_text(row)}" in text
+
+
+def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _, sample = pair()
+    assert largest_batch(base, sample) == (128, "at most 128")
+    peaks = iter([100, 110, 100, 110])  # of batches of one and two: 90 + 10 a sample
+    monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
+    monkeypatch.setattr(throughput, "_free_memory", lambda: 820)  # of which half may be used
+    assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410; 64 would take 730
+    monkeypatch.setattr(throughput, "_free_memory", lambda: 100)
+    with pytest.raises(RuntimeError, match="not even one sample fits"):
+        largest_batch(base, sample)
+
+
+def test_the_batch_is_halved_until_a_forward_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _, sample = pair()
+    readings = Timing({"one": [0.3]})
+    monkeypatch.setattr(throughput, "interleave", lambda *_, **__: readings)
+    assert largest_batch(base, sample, seconds=1.3) == (4, "a forward of 1.3 s")
+    assert largest_batch(base, sample, seconds=0.01) == (1, "a forward of 0.01 s")
+
+
+def test_counters_agree_but_for_what_fused_attention_hides() -> None:
+    convolutions = timm.create_model("resnet10t").eval()
+    x = torch.zeros(1, 3, 64, 64)
+    ours, (theirs, skipped) = (
+        cost.count_flops(convolutions, x),
+        cost.count_flops_fvcore(convolutions, x),
+    )
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert skipped == []
+    transformer = timm.create_model("vit_tiny_patch16_224").eval()
+    x = torch.zeros(1, 3, 224, 224)
+    whole, fused = cost.count_flops(transformer, x), cost.count_flops(transformer, x, fused=True)
+    # Two products of 197 x 197 x 192 multiply-adds in each of 12 layers are hidden.
+    assert whole - fused == 2 * 12 * 2 * 197 * 197 * 192
+    theirs, skipped = cost.count_flops_fvcore(transformer, x)
+    assert theirs == pytest.approx(fused, rel=0.02)
+    assert skipped == ["aten::scaled_dot_product_attention"]
+
+
+def test_sizes_that_models_state() -> None:
+    assert input_size("resnet18", timm.create_model("resnet18")) == (3, 224, 224)
+    assert input_size("torchvision/inception_v3", nn.Identity()) == (3, 299, 299)
+    assert input_size("torchvision/swin_v2_t", nn.Identity()) == (3, 256, 256)
+
+
+def bench(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightning_duo.cli", "bench", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1000))\n"
+    )
+    pair = ["--base", "resnet10t", "--sidekick", "mine:small", "--input_size", "3x32x32"]
+    more = ["--compiled", "false", "--repeats", "3", "--batch", "2", "--output", "rows.jsonl"]
+    run = bench(*pair, *more, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert rows[0]["base"] == "resnet10t"
+    assert rows[0]["flops_sidekick"] == 2 * 3072 * 1000
+    assert "FLOPs balance" in run.stdout
+    assert "2 bases" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch is a number of at least 1, got 0"),
+        (["--repeats", "1"], "--repeats is a number of at least 3, got 1"),
+        (["--output", "rows.csv"], r"--output is named *.jsonl, got rows.csv"),
+        (["--input_size", "3x32"], "cannot run a sample of 3x32"),
+        (["--input_size", "wide"], "--input_size is the size of one sample"),
+    ],
+)
+def test_bad_options_are_named(options: list[str], message: str, tmp_path: Path) -> None:
+    pair = ["--base", "resnet10t", "--sidekick", "resnet10t", "--compiled", "false"]
+    run = bench(*pair, *options, folder=tmp_path)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
