@@ -7,7 +7,7 @@ SEED ?= 0
 EPOCHS ?= 5
 OUTPUT ?= outputs/demo
 
-.PHONY: test check demo clean
+.PHONY: test check demo bench clean
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -20,6 +20,9 @@ check: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED) --epochs $(EPOCHS) --output $(OUTPUT)
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run_all.py --quick
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

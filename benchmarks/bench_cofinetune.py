@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback
-from lightning_duo.timing import Spread, Timing, interleave, peak_memory
+from lightning_duo.timing import Spread, Timing, environment, interleave, peak_memory
 
 CLASSES = 20
 WIDTH, HEIGHT = 500, 375  # of a file, as usual in ImageNet
@@ -56,16 +56,14 @@ class Case(NamedTuple):
     steps: int
 
 
-SMALL = Case("resnet18", "resnet10t", 64, 16, 6)
+SMALL = Case("resnet18", "resnet10t", 64, 16, 10)
 CASES = (
-    SMALL._replace(batch=8),
-    SMALL,
-    SMALL._replace(batch=32),
-    Case("mobilenetv3_large_100", "mobilenetv3_small_050", 64, 16, 6),
-    Case("resnet50", "resnet18", 96, 16, 4),
+    *(SMALL._replace(batch=batch) for batch in (8, 16, 32)),
+    Case("mobilenetv3_large_100", "mobilenetv3_small_050", 64, 16, 10),
+    Case("resnet50", "resnet18", 128, 16, 4),
 )
 GROWTH = (
-    Growth("batch", {"base": "resnet18", "pixels": 64, "ranks": 1}, ("ms", "peak_mb")),
+    Growth("batch", {"part": "fit", "base": "resnet18"}, ("ms", "peak_mb")),
     Growth("batch", {"part": "bookkeeping"}),
 )
 
@@ -173,8 +171,14 @@ def trainer(device: str, ranks: int = 1, callbacks: list[L.Callback] | None = No
     )
 
 
-def compare(case: Case, files: list[Path], asked: Options, workers: int, ranks: int) -> list[Row]:
-    """Rows of one case: base, sidekick and both in one run, and the data alone."""
+def compare(
+    case: Case, files: list[Path], asked: Options, workers: int, ranks: int = 0, rank: int = 0
+) -> list[Row]:
+    """Rows of one case: base, sidekick and both in one run, and the data alone.
+
+    With ``ranks`` this is one of several processes, and reads every ``ranks``-th file.
+    """
+    processes = max(1, ranks)
 
     def fit(name: str, sidekick: str | None = None) -> Callable[[], None]:
         def whole() -> None:
@@ -184,7 +188,7 @@ def compare(case: Case, files: list[Path], asked: Options, workers: int, ranks: 
                 duo = DuoCallback(sidekick, pretrained=False, probe=0, summary=False)
                 added = [duo]
             data = Data(files, case, workers)
-            trainer(asked.device, ranks, added).fit(Classifier(name), data)
+            trainer(asked.device, processes, added).fit(Classifier(name), data)
 
         return whole
 
@@ -192,16 +196,17 @@ def compare(case: Case, files: list[Path], asked: Options, workers: int, ranks: 
         "base": fit(case.base),
         "sidekick": fit(case.sidekick),
         "callback": fit(case.base, case.sidekick),
-        "data": Data(files, case, workers).read,
+        "data": Data(files[rank::processes], case, workers).read,
     }
-    timing = interleave(methods, repeats=max(3, asked.repeats // 3), device=asked.device)
+    timing = interleave(methods, repeats=3 if asked.quick else 5, device=asked.device)
     turns = zip(*(timing.seconds[name] for name in ("base", "sidekick", "data")), strict=True)
     ideal = Spread.of([(b + s - d) / (b + s) for b, s, d in turns]).median
     rows = []
     for name, method in methods.items():
         alone = ("base", "sidekick") if name == "callback" else ("base",)
         peak = peak_memory(method, asked.device)
-        row = {**case._asdict(), "workers": workers, "ranks": ranks, **timing.row(name, *alone)}
+        how = {"part": "ranks" if ranks else "fit", "workers": workers, "ranks": processes}
+        row = {**how, **case._asdict(), **timing.row(name, *alone)}
         rows.append(row | {"peak_mb": None if peak is None else peak / 1e6})
     rows[2]["ideal"] = ideal
     return rows
@@ -261,9 +266,9 @@ def bookkeeping(batch: int, steps: int) -> Row:
     spans = zip(timed.starts, timed.starts[1:], timed.hooks, timed.plain, strict=False)
     for start, end, hooks, plain in list(spans)[5:]:  # the first build the sidekick and warm up
         seconds["base's step"].append(end - start - hooks - plain)
-        seconds["bookkeeping"].append(max(1e-9, hooks - plain))
+        seconds["bookkeeping"].append(hooks - plain)
     case = {"part": "bookkeeping", "base": "resnet18", "pixels": 64, "batch": batch}
-    return case | Timing(seconds).row("bookkeeping", "base's step")
+    return case | Timing(seconds).row("bookkeeping", "base's step") | environment("cpu")
 
 
 def measure(asked: Options, workers: int, ranks: int) -> Iterator[Row]:
@@ -275,7 +280,7 @@ def measure(asked: Options, workers: int, ranks: int) -> Iterator[Row]:
         files = write_files(Path(folder), needed)
         for case in cases:
             count = case.batch * case.steps * 5 // 4
-            yield from compare(case, files[:count], asked, workers, 1)
+            yield from compare(case, files[:count], asked, workers)
         for number in dict.fromkeys((1, ranks)) if ranks > 1 else ():
             yield from spawn(folder, number, asked, workers)
     for batch in (16,) if asked.quick else (8, 16, 32, 64):
@@ -300,7 +305,7 @@ def inner(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = Path(given.inner)
     files = sorted(folder.glob("*.jpg"))[: SMALL.batch * SMALL.steps * 5 // 4 * ranks]
-    rows = compare(SMALL, files, asked, given.workers, ranks)
+    rows = compare(SMALL, files, asked, given.workers, ranks, int(os.environ["RANK"]))
     if os.environ["RANK"] == "0":
         (folder / "rows.json").write_text(json.dumps(rows))
 

@@ -10,29 +10,34 @@
 
 "excess" is the NLL (float64, in nats) above the lowest that any method found; for torch-uncertainty
 above that of the base at its best temperature. "passes" are reads of all logits. Memory is what a
-fit needs beyond the logits.
+fit needs beyond the logits. The profile of some sizes says where the time goes: a fit of ours is
+two or three passes of ours, and a share for subsamples; a published one is 675 of its passes.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from harness import Growth, Options, Row, parser, run
-from published import published_fit
+from published import published_fit, published_loss
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_duo import fit_temperatures
-from lightning_duo.timing import interleave, peak_memory
+from lightning_duo.temperature import check_samples
+from lightning_duo.timing import environment, interleave, peak_memory
+from lightning_duo_kernels.nll import Point, nll_sums
 
 Data: TypeAlias = tuple[Tensor, Tensor, Tensor]
 Found: TypeAlias = tuple[float, float, int]
 """Temperatures of base and sidekick, and passes."""
 
 OURS, ONE = "fit_temperatures", "torch-uncertainty"
-QUICK = ((2500, 10), (2500, 100), (2500, 1000), (7000, 257))
+PROFILED = ((2500, 1000), (7000, 257))
+QUICK = ((2500, 10), (2500, 100), *PROFILED)
 SIZES = (
     *QUICK,
     (7000, 1000),
@@ -42,8 +47,8 @@ SIZES = (
 )
 PUBLISHED_LOGITS = 10**7  # of one model; 625 passes over more take minutes
 GROWTH = (
-    Growth("samples", {"classes": 10}, ("ms", "peak_mb")),
-    Growth("classes", {"samples": 2500}, ("ms", "peak_mb")),
+    Growth("samples", {"part": "fit", "classes": 10}, ("ms", "peak_mb")),
+    Growth("classes", {"part": "fit", "samples": 2500}, ("ms", "peak_mb")),
 )
 
 
@@ -79,7 +84,7 @@ def torch_lbfgs(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
         return loss
 
     optimizer.step(closure)
-    return float(t[0]), float(t[1]), passes
+    return t[0].item(), t[1].item(), passes
 
 
 def scipy_lbfgsb(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
@@ -105,8 +110,9 @@ def torch_uncertainty(base: Tensor, sidekick: Tensor, targets: Tensor) -> Found:
     """The temperature of the base alone, by another library's class as it is documented."""
     from torch_uncertainty.post_processing import TemperatureScaler
 
+    logging.getLogger().setLevel(logging.ERROR)  # it warns of what is meant
     scaler = TemperatureScaler(model=torch.nn.Identity(), device=base.device)
-    data = DataLoader(TensorDataset(base, targets), batch_size=len(base))
+    data = DataLoader([(base, targets)], batch_size=None)
     passes, scale = 0, scaler._scale
 
     def counted(logits: Tensor) -> Tensor:
@@ -154,11 +160,13 @@ def rows_of(data: Data, case: dict[str, Any], asked: Options) -> Iterator[Row]:
     found = {name: method() for name, method in methods.items()}
     losses = {name: nll(t, data) for name, t in found.items()}
     best = min(loss for name, loss in losses.items() if name != ONE)
-    base_alone = fit_temperatures(*data).nll_base
-    timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=30)
+    base_alone = nll((*fit_temperatures(*data).scaled_base, 0), data)
+    budget = 10 if asked.quick else 30
+    timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=budget)
     for name, method in methods.items():
         peak = peak_memory(method, asked.device)
         yield {
+            "part": "fit",
             **case,
             **timing.row(name, OURS),
             "passes": found[name][2],
@@ -167,13 +175,46 @@ def rows_of(data: Data, case: dict[str, Any], asked: Options) -> Iterator[Row]:
         }
 
 
+def profile(data: Data, case: dict[str, Any], asked: Options) -> Iterator[Row]:
+    """A pass of each kind, and the exponentials that a pass of ours cannot do without."""
+    base, sidekick, targets = data
+    points = [Point((1.0, 0.5), (True, True)), Point((1.0, 0.0), (True, False))]
+    points.append(Point((0.0, 1.0), (False, True)))
+    divisors = torch.tensor(0.5), torch.tensor(1.0)
+    small, spare = base[:200].clone(), torch.empty_like(base[:200])
+    times = 3 * len(base) // len(small)
+
+    def exponentials() -> None:
+        for _ in range(times):  # in the cache, as a pass does
+            torch.exp(small, out=spare)
+
+    methods = {
+        "a pass of ours (duo, base, sidekick)": lambda: nll_sums(
+            base, sidekick, targets, points, masked=False, dtype=torch.float32
+        ),
+        "a published pass": lambda: published_loss(base, sidekick, targets, *divisors),
+        "torch.exp of three times the logits": exponentials,
+        "checking the input": lambda: check_samples(base, sidekick, targets),
+        OURS: lambda: ours(*data),
+    }
+    timing = interleave(methods, repeats=2 * asked.repeats, device=asked.device)
+    for name in methods:
+        yield {"part": "profile", **case, **timing.row(name, OURS)}
+
+
 def measure(asked: Options, sizes: tuple[tuple[int, int], ...] | None = None) -> Iterator[Row]:
     """Rows for all sizes."""
     for samples, classes in sizes or (QUICK if asked.quick else SIZES):
         base, sidekick, targets = (x.to(asked.device) for x in two_models(samples, classes))
-        yield from rows_of(
-            (base, sidekick, targets), {"samples": samples, "classes": classes}, asked
-        )
+        case = {"samples": samples, "classes": classes}
+        yield from rows_of((base, sidekick, targets), case, asked)
+        if (samples, classes) in PROFILED:
+            yield from profile((base, sidekick, targets), case, asked)
+            if asked.threads == 1 and (cores := environment()["cores"]) > 1:
+                torch.set_num_threads(cores)
+                for row in rows_of((base, sidekick, targets), case, asked):
+                    yield {**row, "part": "fit, all cores", "threads": cores}
+                torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def others(confidence: Tensor, correct: Tensor) -> dict[str, Callable[[], object
     """The same metrics in libraries that are here."""
     from torchmetrics.functional.classification import binary_auroc
 
+    right = correct.long()
     found: dict[str, Callable[[], object]] = {
-        "torchmetrics AUROC": lambda: binary_auroc(confidence, correct.long())
+        "torchmetrics AUROC": lambda: binary_auroc(confidence, right)
     }
     if find_spec("torch_uncertainty"):
         from torch_uncertainty.metrics import AURC
@@ -48,7 +49,7 @@ def others(confidence: Tensor, correct: Tensor) -> dict[str, Callable[[], object
 
         def aurc() -> Tensor:
             metric = AURC().to(confidence.device)
-            metric.update(probs, correct.long())
+            metric.update(probs, right)
             return metric.compute()
 
         found["torch-uncertainty AURC"] = aurc

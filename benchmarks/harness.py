@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -48,6 +49,8 @@ class Options:
     device: str
     repeats: int
     threads: int
+    given: tuple[str, ...] = ()
+    """The options on the command line, but for where the files go."""
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> dict[str, float]:
@@ -71,11 +74,10 @@ def grow(rows: Sequence[Row], growths: Iterable[Growth]) -> Iterator[Row]:
         for value, method in itertools.product(
             growth.values, dict.fromkeys(row["method"] for row in found)
         ):
-            points = {
-                row[growth.along]: row[value]
-                for row in found
-                if row["method"] == method and (row.get(value) or 0) > 0
-            }
+            chosen = [r for r in found if r["method"] == method and (r.get(value) or 0) > 0]
+            points = {row[growth.along]: row[value] for row in chosen}
+            if len(points) < len(chosen):
+                raise ValueError(f"{growth} takes several rows of {method} at one size")
             if len(points) >= 3:
                 sizes, values = zip(*sorted(points.items()), strict=True)
                 yield {
@@ -148,7 +150,7 @@ def ratio_cell(row: Mapping[str, Any]) -> str:
 
 def columns(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that are neither times nor the machine."""
-    known = {*TIMES, *MACHINE, "benchmark", "profile", "date"}
+    known = {*TIMES, *MACHINE, "benchmark", "profile", "date", "command"}
     return [c for c in dict.fromkeys(key for row in rows for key in row) if c not in known]
 
 
@@ -184,7 +186,11 @@ def options(given: argparse.Namespace) -> Options:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     repeats = given.repeats or (5 if given.quick else 15)
-    return Options(given.quick, given.device, repeats, torch.get_num_threads())
+    words = list(sys.argv[1:])
+    if "--output" in words:
+        start = words.index("--output")
+        words[start : start + 2] = []
+    return Options(given.quick, given.device, repeats, torch.get_num_threads(), tuple(words))
 
 
 def run(
@@ -196,23 +202,27 @@ def run(
     """Measure, write the files and say what was found; rows are written as they come."""
     asked = options(given)
     given.output.mkdir(parents=True, exist_ok=True)
+    stem = name if asked.device == "cpu" else f"{name}_{asked.device}"
+    for old in given.output.glob(f"{stem}.*"):
+        old.unlink()  # so that a run that fails leaves nothing of an earlier one
     machine = environment(asked.device)
     common = {"benchmark": name, "profile": "quick" if asked.quick else "full"}
     common["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    common["command"] = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *asked.given])
     rows: list[Row] = []
-    with (given.output / f"{name}.jsonl").open("w") as file:
+    with (given.output / f"{stem}.jsonl").open("w") as file:
         for row in measure(asked):
             rows.append({**common, **row, **{k: row.get(k, v) for k, v in machine.items()}})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
             said = " ".join(f"{key}={shown(row.get(key))}" for key in columns([row]))
             print(f"{name}: {said}, {ratio_cell(row)} of {row.get('reference')}", flush=True)
-    write_csv(rows, given.output / f"{name}.csv")
+    write_csv(rows, given.output / f"{stem}.csv")
     curves = list(grow(rows, growths))
     lines = "".join(json.dumps({"benchmark": name, **curve}) + "\n" for curve in curves)
-    (given.output / f"{name}.growth.jsonl").write_text(lines)
+    (given.output / f"{stem}.growth.jsonl").write_text(lines)
     if curves:
-        figure(curves, given.output / f"{name}.png", f"{name}: {described(machine)}")
+        figure(curves, given.output / f"{stem}.png", f"{name}: {described(machine)}")
     for curve in curves:
         print(growth_text(curve))
     return rows

@@ -34,18 +34,21 @@ def published_head(base: Tensor, sidekick: Tensor, t: Tensor) -> tuple[Tensor, T
     return probs, probs.argmax(dim=-1), 1 - confidence + 0.1 * divergence
 
 
+def published_loss(
+    base: Tensor, sidekick: Tensor, targets: Tensor, divisor_base: Tensor, divisor_sidekick: Tensor
+) -> Tensor:
+    """Mean NLL of the average of the divided logits: one pass of the published fit."""
+    return F.cross_entropy((base / divisor_base + sidekick / divisor_sidekick) / 2, targets)
+
+
 def published_fit(base: Tensor, sidekick: Tensor, targets: Tensor) -> tuple[float, float, int]:
     """The two temperatures as multipliers, and the number of passes over the logits.
 
     All 625 pairs of a grid of divisors are tried in float32, then L-BFGS starts from the best.
     """
-
-    def loss(divisor_base: Tensor, divisor_sidekick: Tensor) -> Tensor:
-        mean = (base / divisor_base + sidekick / divisor_sidekick) / 2
-        return F.cross_entropy(mean, targets)
-
+    data = (base, sidekick, targets)
     pairs = list(itertools.product(GRID, GRID))
-    best = min(pairs, key=lambda pair: loss(*pair).item())
+    best = min(pairs, key=lambda pair: published_loss(*data, *pair).item())
     passes = len(pairs)
     divisors = [part.clone().reshape(1).to(base.device).requires_grad_() for part in best]
     optimizer = torch.optim.LBFGS(divisors, lr=0.01, max_iter=50)
@@ -54,9 +57,10 @@ def published_fit(base: Tensor, sidekick: Tensor, targets: Tensor) -> tuple[floa
         nonlocal passes
         passes += 1
         optimizer.zero_grad()
-        value = loss(*divisors)
+        value = published_loss(*data, *divisors)
         value.backward()
         return value
 
     optimizer.step(closure)
-    return 0.5 / float(divisors[0]), 0.5 / float(divisors[1]), passes
+    found = [0.5 / divisor.item() for divisor in divisors]
+    return found[0], found[1], passes

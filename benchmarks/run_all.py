@@ -42,6 +42,8 @@ def main() -> None:
     for name in given.only if not given.render else ():
         started = time.perf_counter()
         more = ["--ranks", "2"] if name == "cofinetune" and not given.quick else []
+        if name in ("head", "fit", "metrics") and given.threads is None:
+            more = ["--threads", "1"]  # small work, which a second thread hardly helps
         command = [sys.executable, str(HERE / BENCHMARKS[name]), *passed, *more]
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         if subprocess.run(command, env=environment).returncode:

@@ -44,16 +44,23 @@ QUICK_ZOO = (
     "torchvision/efficientnet_b0",
 )
 ZOO = (
-    *(f"torchvision/efficientnet_b{n}" for n in range(5)),
-    *(f"torchvision/efficientnet_v2_{size}" for size in "sm"),
-    *(f"torchvision/mnasnet{width}" for width in ("0_5", "0_75", "1_0", "1_3")),
-    *(f"torchvision/convnext_{size}" for size in ("tiny", "small", "base")),
+    *(f"torchvision/efficientnet_b{n}" for n in (0, 1, 2, 4)),
+    "torchvision/efficientnet_v2_s",
+    *(f"torchvision/mnasnet{width}" for width in ("0_5", "1_0", "1_3")),
+    *(f"torchvision/convnext_{size}" for size in ("tiny", "small")),
     *(f"torchvision/resnet{depth}" for depth in (18, 34, 50, 101, 152)),
-    *(f"torchvision/resnext{size}" for size in ("50_32x4d", "101_32x8d")),
-    *(f"torchvision/regnet_y_{size}" for size in ("400mf", "1_6gf", "3_2gf", "8gf", "16gf")),
-    *(f"torchvision/shufflenet_v2_x{width}" for width in ("0_5", "1_0", "1_5", "2_0")),
+    "torchvision/resnext50_32x4d",
+    *(f"torchvision/regnet_y_{size}" for size in ("400mf", "1_6gf", "3_2gf", "8gf")),
+    *(f"torchvision/shufflenet_v2_x{width}" for width in ("0_5", "1_0", "2_0")),
     *(f"torchvision/swin_{size}" for size in "tsb"),
-    *(f"torchvision/swin_v2_{size}" for size in "ts"),
+    "torchvision/swin_v2_t",
+)
+LARGE = (  # too slow to be worth the time on a CPU
+    "torchvision/convnext_base",
+    "torchvision/efficientnet_v2_m",
+    "torchvision/regnet_y_16gf",
+    "torchvision/resnext101_32x8d",
+    "torchvision/swin_v2_s",
     "tf_efficientnetv2_l.in21k_ft_in1k",
     "vit_base_patch16_224",
 )
@@ -69,7 +76,7 @@ def pair(name: str, asked: Options, compiled: bool) -> Iterator[Row]:
     base, sidekick = (build(part, asked.device) for part in name.split("+"))
     sample = torch.randn(1, 3, PIXELS, PIXELS, device=asked.device)
     counted = costs(base, sidekick, sample)
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(asked.device)
     seconds = None if asked.device == "cuda" else 1.0
     batch = largest_batch(duo, sample, seconds=seconds)
     rows = measure_throughput(
@@ -80,7 +87,7 @@ def pair(name: str, asked: Options, compiled: bool) -> Iterator[Row]:
         compiled=compiled,
         exported=("program",) if asked.quick else ("program", "aoti"),
         repeats=asked.repeats,
-        budget=60,
+        budget=40,
         say=lambda message: print(f"{name}: {message}", flush=True),
     )
     for row in rows:
@@ -93,14 +100,14 @@ def pair(name: str, asked: Options, compiled: bool) -> Iterator[Row]:
 def growth(name: str, asked: Options) -> Iterator[Row]:
     """Time and memory of one pair as the batch grows."""
     base, sidekick = (build(part, asked.device) for part in name.split("+"))
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(asked.device)
     models = {"base": base, "sidekick": sidekick, "duo": duo}
-    sizes = (1, 2, 4, 8) if asked.quick else (1, 2, 4, 8, 16, 32)
+    sizes = (1, 2, 4) if asked.quick else (1, 2, 4, 8, 16, 32)
     with torch.inference_mode():
         for batch in sizes:
             inputs = torch.randn(batch, 3, PIXELS, PIXELS, device=asked.device)
             methods = {key: partial(model, inputs) for key, model in models.items()}
-            timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=20)
+            timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=10)
             for key, method in methods.items():
                 peak = peak_memory(method, asked.device)
                 row = {"part": "growth", "pair": name, "batch": batch, **timing.row(key, "base")}
@@ -117,7 +124,7 @@ def zoo(base_name: str, names: Sequence[str], asked: Options) -> Iterator[Row]:
     for name in names:
         model = build(name, asked.device)
         single = count_flops(model, inputs[:1])
-        duo = DuoModule(base, model, (1.0, 1.0)).eval()
+        duo = DuoModule(base, model, (1.0, 1.0)).eval().to(asked.device)
         with torch.inference_mode():
             timing = interleave(
                 {key: partial(m, inputs) for key, m in zip("bsd", (base, model, duo), strict=True)},
@@ -179,7 +186,11 @@ def measure(asked: Options, pairs: Sequence[str], compiled: bool) -> Iterator[Ro
         yield from pair(name, asked, compiled)
     yield from growth(QUICK_PAIRS[0], asked)
     rows = []
-    base, names = (QUICK_BASE, QUICK_ZOO) if asked.quick else (BASE[asked.device], ZOO)
+    base, names = (
+        (QUICK_BASE, QUICK_ZOO)
+        if asked.quick
+        else (BASE[asked.device], ZOO if asked.device == "cpu" else (*ZOO, *LARGE))
+    )
     for row in zoo(base, names, asked):
         rows.append(row)
         yield row

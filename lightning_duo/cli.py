@@ -317,7 +317,7 @@ def bench(
         counted = throughput.costs(first, second, sample)
         limit = "as asked"
         if batch is None:
-            duo = DuoModule(first, second, (1.0, 1.0)).eval()
+            duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
             batch, limit = throughput.largest_batch(
                 duo, sample, seconds=None if where == "cuda" else 1.0
             )

@@ -14,12 +14,15 @@ MAX_PASSES = 12
 RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
 TINY = 1e-30
 DOUBLE_LOGITS = 1 << 20  # of one model; up to so many are computed with in float64, which is slower
+WIDE = 1e12  # logits whose squares would overflow float32 in sums
 FEWEST_ROWS = 64  # of a subsample
 SHRINK = 5  # a subsample has so many times fewer rows than what it prepares
-TRUST = (0.2, 4.0)  # what a step gained over what it promised, for the next to be tried alone
+# Lengths of a step to try in one pass, in Newton steps, and the range of gained over promised in
+# which the next step is tried alone: from T = 0, and from the optimum of a subsample.
+FROM_ZERO = ((8.0, 2.0, 1.0, 0.5, 0.25, 0.0625), (0.8, 1.2))
+FROM_NEAR = ((4.0, 1.0, 0.25), (0.2, 4.0))
 LEAST_DOUBT = 4.0  # of a promise, times the square root of the gain: less would be luck
 ROUGH = 0.2  # a subsample's optimum is off by about 1 / rows in NLL; it is found to this part of it
-STEP_LENGTHS = (4.0, 1.0, 0.25)  # in Newton steps; tried in one pass
 
 
 class Temperatures(NamedTuple):
@@ -60,7 +63,8 @@ class TemperatureFit:
     temperatures: Temperatures
     """Optimum of the duo."""
     nll: float
-    """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``."""
+    """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``. It is what the
+    last Newton step foresees, exact to about 1e-12, or 1e-7 where the fit computes in float32."""
     scaled_base: Temperatures
     """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
     nll_base: float
@@ -105,10 +109,10 @@ def fit_temperatures(
     mask classes with ``-inf`` if both models mask the same ones.
 
     Most of the way is found on a few rows; all of them are then read two or three times, in chunks,
-    so the extra memory is a few MiB whatever the number of samples. Arithmetic is in float64 for
-    float64 logits and for up to a million of them (2^20 a model); else, on the CPU, in float32 with
-    sums in float64: the reported NLL is then right to about 1e-7, and that of the temperatures is
-    within about 1e-8 of the lowest.
+    so the extra memory is a few tens of MB whatever the number of samples. Arithmetic is in float64
+    for float64 logits, on CUDA, and for up to a million logits (2^20 a model); else in float32,
+    with sums over samples in float64: the reported NLL is then right to about 1e-7, and that of
+    the temperatures is within about 1e-8 of the lowest.
 
     Args:
         base_logits: Logits of the base, shape (N, K), any floating dtype.
@@ -136,8 +140,9 @@ def fit_temperatures(
     reduce = reduce or (lambda sums: sums)
     _check_shapes(base_logits, sidekick_logits, targets)
     count, masked = check_samples(base_logits, sidekick_logits, targets, reduce)
-    double = torch.float64 in (base_logits.dtype, sidekick_logits.dtype)
-    double = double or count * base_logits.shape[1] <= DOUBLE_LOGITS
+    double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(
+        base_logits, sidekick_logits, reduce
+    )
     precision = _DOUBLE if double else _SINGLE
     data = _Data(base_logits, sidekick_logits, targets, count, masked, precision, reduce)
     optima, passes = _fit(data)
@@ -157,6 +162,23 @@ def fit_temperatures(
         duo.status,
         passes,
     )
+
+
+def _needs_double(base: Tensor, sidekick: Tensor, reduce: Callable[[Tensor], Tensor]) -> bool:
+    """Whether float32 is not for these logits; all processes decide alike, or they would part."""
+    here = base.is_cuda or torch.float64 in (base.dtype, sidekick.dtype)
+    here = here or _largest(base) > WIDE or _largest(sidekick) > WIDE
+    return bool(reduce(torch.tensor([float(here)], dtype=torch.float64, device=base.device)) > 0)
+
+
+def _largest(logits: Tensor) -> float:
+    """Largest absolute value, masked classes aside."""
+    if not logits.numel():
+        return 0.0
+    low, high = logits.aminmax()
+    if low == -torch.inf:
+        low = logits.nan_to_num(neginf=0.0).amin()
+    return max(-float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -277,7 +299,7 @@ def _search(
     """
     scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
     if start is None or start.status != "converged" or not scaled:
-        at = (0.0, 0.0)
+        at, (tried, trust) = (0.0, 0.0), FROM_ZERO
         (sums,) = yield [Temperatures(0.0, 0.0)]
         spread = (sums.curvature_base, sums.curvature_sidekick)
         unit = (
@@ -285,7 +307,7 @@ def _search(
             math.sqrt(count / spread[1]) if models[1] and spread[1] > 0 else 0.0,
         )
     else:
-        at, unit = start.at, start.unit
+        at, unit, (tried, trust) = start.at, start.unit, FROM_NEAR
         (sums,) = yield [start.temperatures]
     here = _Quadratic.from_sums(sums, count, unit)
     trusted, shrink, doubt = any(at), 1.0, math.inf
@@ -301,7 +323,7 @@ def _search(
             at = (max(at[0] + step[0], 0.0), max(at[1] + step[1], 0.0))
             return _Optimum(at, unit, here.value - gain, "converged")
         else:
-            lengths = (1.0,) if trusted else tuple(shrink * length for length in STEP_LENGTHS)
+            lengths = (1.0,) if trusted else tuple(shrink * length for length in tried)
         if passes == MAX_PASSES:
             break
         trials = [
@@ -313,9 +335,9 @@ def _search(
         best = min(range(len(found)), key=lambda i: found[i].value)
         gained = here.value - found[best].value
         if gained < -rounding * here.value:
-            shrink, trusted = shrink if trusted else shrink * STEP_LENGTHS[-1] / 2, False
+            shrink, trusted = shrink if trusted else shrink * tried[-1] / 2, False
         else:
-            trusted = lengths[best] == 1 and TRUST[0] * gain <= gained <= TRUST[1] * gain
+            trusted = lengths[best] == 1 and trust[0] * gain <= gained <= trust[1] * gain
             # Cubic terms put a promise off in proportion to the step, so to the gain's root.
             doubt = abs(gained / gain - 1) / math.sqrt(gain) if trusted and gain > 0 else math.inf
             at, here, shrink = trials[best], found[best], 1.0

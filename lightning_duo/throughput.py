@@ -65,8 +65,8 @@ def largest_batch(
     """Halve the batch until one forward fits.
 
     On CUDA a batch is tried until none runs out of memory. On the CPU, where a process that takes
-    too much is killed, its memory is predicted from batches of one and two, and may be half of what
-    is free.
+    too much is killed, its memory is predicted from batches of one and three, and may be half of
+    what is free.
 
     Args:
         module: The largest of the models to run.
@@ -100,8 +100,8 @@ def largest_batch(
     with torch.inference_mode():
         run(1)()
         one = interleave({"one": run(1)}, repeats=3, device=sample.device).spread("one").median
-        first, second = (peak_memory(run(size), sample.device) for size in (1, 2))
-        used, more = first or 0, max(0, (second or 0) - (first or 0))
+        first, third = (peak_memory(run(size), sample.device) for size in (1, 3))
+        used, more = first or 0, max(sample.nbytes, ((third or 0) - (first or 0)) // 2)
         free = _free_memory()
         size, limit = most, f"at most {most}"
         while not fits(size):
@@ -124,7 +124,9 @@ def _free_memory() -> int | None:
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            used = int((group / "memory.current").read_text())
+            stated = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - used + int(stated.get("inactive_file", 0)))
     except OSError:
         pass
     return free
@@ -144,6 +146,8 @@ def measure_throughput(
 ) -> list[dict[str, Any]]:
     """Time base, sidekick, duo and two bases side by side, as they are, compiled and exported.
 
+    What is exported is the duo.
+
     All run in inference mode with the same inputs; for each batch all are in one interleaved
     measurement. The duo is `DuoModule` with its head, threshold and all; ``2 bases`` is the deep
     ensemble of two members that a user would otherwise run.
@@ -153,7 +157,7 @@ def measure_throughput(
         sidekick: The sidekick, likewise; weights may be random.
         sample: An input of batch one, likewise.
         batches: Batch sizes to measure.
-        compiled: Also measure base, sidekick and duo under `torch.compile`.
+        compiled: Also measure all of them under `torch.compile`.
         exported: Formats of `export_duo` to measure the duo in: ``program``, ``aoti``.
         repeats: Turns of each measurement.
         budget: Seconds that the turns of one batch should take; see `interleave`.
@@ -168,27 +172,30 @@ def measure_throughput(
 
     Source: Asymmetric Duos, Sec. 3.2 and App. B.
     """
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
     models: dict[str, Callable[[Tensor], Any]] = {
         "base": base,
         "sidekick": sidekick,
         "duo": duo,
         ENSEMBLE: Ensemble(base, copy.deepcopy(base)).eval(),
     }
-    if compiled:
-        torch._dynamo.reset()
-        models |= {name + COMPILED: torch.compile(models[name]) for name in ("base", "sidekick")}
-        models["duo" + COMPILED] = torch.compile(duo)
+    eager = dict(models)
     rows = []
     with _exported(duo, sample, exported, say) as files, torch.inference_mode():
-        models |= files
         for batch in batches:
+            if compiled:
+                torch._dynamo.reset()  # each batch has code of its own, as in a service
+                for name, model in eager.items():
+                    models[name + COMPILED] = torch.compile(model, dynamic=False)
+            models |= files
             inputs = torch.randn(batch, *sample.shape[1:], dtype=sample.dtype, device=sample.device)
             for name, model in models.items():
                 say(f"batch {batch}: {name}")
                 model(inputs)
             methods = {name: _call(model, inputs) for name, model in models.items()}
-            timing = interleave(methods, repeats=repeats, device=sample.device, budget=budget)
+            timing = interleave(
+                methods, repeats=repeats, device=sample.device, budget=budget, overlap=False
+            )
             for name in models:
                 for reference in _references(name, compiled):
                     row = timing.row(name, *reference)
@@ -253,7 +260,7 @@ def costs(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any
         (first, one), (second, other) = (
             count_flops_fvcore(model, sample) for model in (base, sidekick)
         )
-    except (ImportError, RuntimeError):
+    except Exception:  # a second opinion only; it cannot trace every model
         return {**found, "balance_fvcore": None, "skipped_fvcore": None}
     skipped = sorted({*one, *other})
     return {**found, "balance_fvcore": second / max(first, 1), "skipped_fvcore": skipped}

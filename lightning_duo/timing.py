@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 SHORTEST = 0.002  # seconds of one reading; what is faster is called several times in it
 MOST_CALLS = 10_000
+PACKAGES = ("torch", "torchvision", "triton", "timm", "lightning", "lightning_duo")
 
 
 class Spread(NamedTuple):
@@ -36,7 +38,8 @@ class Spread(NamedTuple):
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         fifths = statistics.quantiles(values, n=5, method="inclusive")
-        return cls(statistics.median(values), fifths[0], fifths[-1])
+        median = statistics.median(values)
+        return cls(median, min(median, fifths[0]), max(median, fifths[-1]))  # but for rounding
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def interleave(
     repeats: int = 10,
     device: str | torch.device = "cpu",
     budget: float | None = None,
+    overlap: bool = True,
 ) -> Timing:
     """Time methods side by side.
 
@@ -102,6 +106,8 @@ def interleave(
         device: Where the methods run.
         budget: Seconds that all turns together should take; as many turns are left out as that
             needs, but three remain.
+        overlap: Whether calls of one reading may overlap on CUDA, as in a stream of batches; else
+            each is waited for, which is latency.
 
     Returns:
         The readings.
@@ -113,10 +119,11 @@ def interleave(
     """
     device = torch.device(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    pause = _nothing if overlap else wait
     calls, expected = {}, 0.0
     for name, method in methods.items():
         method()
-        seconds = _reading(method, 1, wait)
+        seconds = _reading(method, 1, wait, pause)
         calls[name] = min(MOST_CALLS, max(1, round(SHORTEST / max(seconds, 1e-7))))
         expected += seconds * calls[name]
     if budget is not None:
@@ -125,16 +132,19 @@ def interleave(
     order = list(methods)
     for _ in range(repeats):
         for name in order:
-            readings[name].append(_reading(methods[name], calls[name], wait))
+            readings[name].append(_reading(methods[name], calls[name], wait, pause))
         order.append(order.pop(0))
     return Timing(readings)
 
 
-def _reading(method: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
+def _reading(
+    method: Callable[[], object], calls: int, wait: Callable[[], None], pause: Callable[[], None]
+) -> float:
     wait()
     start = time.perf_counter()
     for _ in range(calls):
         method()
+        pause()
     wait()
     return (time.perf_counter() - start) / calls
 
@@ -164,6 +174,8 @@ def peak_memory(method: Callable[[], object], device: str | torch.device = "cpu"
         method()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
     try:
         _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
@@ -199,7 +211,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
     Returns:
         Plain values: ``device``, ``hardware``, ``cores``, ``threads``, ``python``, and the
-        versions of ``torch``, ``triton``, ``lightning`` and ``lightning_duo``, None if missing.
+        versions of PyTorch, Triton, Lightning, timm, torchvision and this library, None if missing;
+        on CUDA also ``cuda`` and whether float32 convolutions run in TF32.
     """
     cuda = torch.device(device).type == "cuda"
     affinity = getattr(os, "sched_getaffinity", None)
@@ -209,7 +222,9 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "lightning", "lightning_duo")},
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda if cuda else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if cuda else None,
     }
 
 

@@ -56,6 +56,18 @@ def test_against_automatic_differentiation(classes: int, dtype: torch.dtype, dev
     assert_sums(base, sidekick, targets, [(0.0, 0.0), (0.7, 0.0), (0.0, 0.9), (30.0, 2.0), (1, 1)])
 
 
+@pytest.mark.parametrize("classes", [2, 257, 21841])
+def test_float32_arithmetic(classes: int) -> None:
+    base, sidekick, targets = make_logits(40, classes, seed=classes)
+    at = [Point((1.3, 0.4), BOTH), Point((0.1, 0.1), BOTH), Point((30.0, 2.0), BOTH)]
+    found = nll_sums(base, sidekick, targets, at, dtype=torch.float32).cpu()
+    for mine, point in zip(found, at, strict=True):
+        want = reference(base, sidekick, targets, point.temperatures)
+        torch.testing.assert_close(mine[:3], want[:3], rtol=1e-6, atol=1e-6 * len(base))
+        torch.testing.assert_close(mine[3:6], want[3:6], rtol=1e-4, atol=1e-4 * len(base))
+        assert mine[6] == want[6]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_masked_classes_layouts_and_kinds_of_targets(device: str) -> None:
     base, sidekick, targets = make_logits(40, 33, seed=0, device=device)

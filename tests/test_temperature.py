@@ -298,3 +298,72 @@ def test_a_masked_target_is_an_error() -> None:
     targets[5] = 3
     with pytest.raises(ValueError, match=r"1 of 1500 .* target class masked .*first rows \[5\]"):
         fit_temperatures(base, sidekick, targets)
+
+
+SINGLE_CASES = {
+    "plain": (A, B, Y),
+    "heavy-tailed": heavy_tailed(),
+    "few wrong": few_wrong(10, 4.0),
+    "offsets": (A + 1e3, B - 1e3, Y),
+    "scales": (A * 1e4, B * 1e-4, Y),
+    "half precision": (A.bfloat16(), B.half(), Y),
+    "masked": (A.masked_fill(TRUE.roll(1, 1).bool(), -torch.inf),
+               B.masked_fill(TRUE.roll(1, 1).bool(), -torch.inf), Y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE_CASES)
+def test_many_logits_are_fitted_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = SINGLE_CASES[name]
+    want = fit_temperatures(*case)
+    used = []
+    sums = temperature.nll_sums
+    monkeypatch.setattr(
+        temperature, "nll_sums", lambda *a, **k: (used.append(k["dtype"]), sums(*a, **k))[1]
+    )
+    monkeypatch.setattr(temperature, "DOUBLE_LOGITS", 0)
+    found = fit_temperatures(*case)
+    assert set(used) == {torch.float32}
+    assert found.status == want.status
+    at = [scipy_nll(*case, t) for t in (found.temperatures, want.temperatures)]
+    assert at[0] <= at[1] + 1e-6
+    assert found.nll == pytest.approx(at[0], abs=1e-6)
+    assert found.nll_base == pytest.approx(scipy_nll(*case, found.scaled_base), abs=1e-6)
+    assert found.nll <= min(found.nll_base, found.nll_sidekick)
+    assert found.passes <= want.passes + 2
+
+
+def scipy_nll(base: Tensor, sidekick: Tensor, targets: Tensor, t: Temperatures) -> float:
+    """The NLL of some temperatures, in float64."""
+    masked = base == -torch.inf
+    a, b = (x.double().masked_fill(masked, 0.0) for x in (base, sidekick))
+    z = (t.base * a + t.sidekick * b).masked_fill(masked, -torch.inf)
+    return float(cross_entropy(z, targets))
+
+
+@pytest.mark.parametrize("change", ["double", "huge"])
+def test_float32_is_left_where_it_would_not_do(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = A.double() if change == "double" else A.clone()
+    if change == "huge":
+        a[TRUE.roll(1, 1).bool()] = torch.finfo(torch.float32).min  # a mask that is not -inf
+    want = fit_temperatures(a, B, Y)
+    monkeypatch.setattr(temperature, "DOUBLE_LOGITS", 0)
+    assert fit_temperatures(a, B, Y) == want
+    assert want.temperatures.base > 0
+
+
+def test_processes_agree_on_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty process has float64 logits; the sums over processes tell the other."""
+    monkeypatch.setattr(temperature, "DOUBLE_LOGITS", 0)
+    flags = []
+
+    def reduce(sums: Tensor) -> Tensor:
+        if sums.shape == (1,) and float(sums) in (0.0, 1.0):
+            flags.append(float(sums))
+            return sums + 1  # the empty process needs double
+        return sums
+
+    assert fit_temperatures(A, B, Y, reduce=reduce) == fit_temperatures(A.double(), B.double(), Y)
+    assert flags == [0.0]

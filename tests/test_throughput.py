@@ -47,6 +47,7 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
         ("duo", "base"),
         ("duo", "base + sidekick"),
         ("2 bases", "base"),
+        ("2 bases, compiled", "base, compiled"),
         ("base, compiled", "base, compiled"),
         ("sidekick, compiled", "base, compiled"),
         ("duo, compiled", "base, compiled"),
@@ -70,7 +71,7 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
 def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
     assert largest_batch(base, sample) == (128, "at most 128")
-    peaks = iter([100, 110, 100, 110])  # of batches of one and two: 90 + 10 a sample
+    peaks = iter([100, 120, 100, 120])  # of batches of one and three: 90 + 10 a sample
     monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
     monkeypatch.setattr(throughput, "_free_memory", lambda: 820)  # of which half may be used
     assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410; 64 would take 730

@@ -60,6 +60,16 @@ def test_a_budget_leaves_turns_out_but_three(monkeypatch: pytest.MonkeyPatch) ->
     assert len(interleave(methods, repeats=10, budget=1000).seconds["a"]) == 10
 
 
+def test_latency_waits_for_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", clock.method("|", 0.0))
+    methods = {"a": clock.method("a", 1e-3)}
+    interleave(methods, repeats=1, device="cuda")
+    assert clock.log.endswith("|aa|")
+    interleave(methods, repeats=1, device="cuda", overlap=False)
+    assert clock.log.endswith("|a|a||")
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0.1, 10)),

@@ -1,0 +1,173 @@
+"""The benchmarks' own code: what they compare must be what they say; speeds are not judged."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import bench_fit
+import bench_head
+import bench_metrics
+import harness
+import numpy as np
+import pytest
+import render
+import torch
+from helpers import make_logits
+from hypothesis import given
+from hypothesis import strategies as st
+from published import GRID, published_fit, published_head
+from torch.nn import functional as F
+
+ASKED = harness.Options(quick=True, device="cpu", repeats=3, threads=1)
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@given(st.floats(-1, 3), st.floats(1e-3, 1e3))
+def test_the_exponent_of_a_power_is_found(power: float, factor: float) -> None:
+    sizes = [10, 100, 5000]
+    found = harness.exponent(sizes, [factor * size**power for size in sizes])
+    assert found["exponent"] == pytest.approx(power, abs=1e-6)
+    assert found["exponent_top"] == pytest.approx(power, abs=1e-6)
+
+
+def test_a_constant_cost_hides_growth_at_small_sizes_only() -> None:
+    found = harness.exponent([1, 10, 100, 1000], [100 + n for n in (1, 10, 100, 1000)])
+    assert found["exponent"] < 0.5 < found["exponent_top"] < 1
+
+
+def test_growth_takes_the_rows_it_is_about() -> None:
+    rows = [
+        {"method": m, "n": n, "k": k, "ms": n * k, "peak_mb": None}
+        for m in "ab"
+        for n in (1, 2, 4)
+        for k in (1, 7)
+    ]
+    curves = list(harness.grow(rows, [harness.Growth("n", {"k": 7}, ("ms", "peak_mb"))]))
+    assert [(c["method"], c["value"], c["values"]) for c in curves] == [
+        ("a", "ms", (7, 14, 28)),
+        ("b", "ms", (7, 14, 28)),
+    ]
+    assert not list(harness.grow(rows, [harness.Growth("k")]))  # two sizes are no curve
+
+
+def test_the_published_fit_finds_the_best_of_its_grid_and_improves_it() -> None:
+    base, sidekick, targets = make_logits(300, 6, seed=1)
+
+    def nll(t_base: float, t_sidekick: float) -> float:
+        return F.cross_entropy(t_base * base + t_sidekick * sidekick, targets).item()
+
+    grid = min(nll(0.5 / a, 0.5 / b) for a in GRID.tolist() for b in GRID.tolist())
+    t_base, t_sidekick, passes = published_fit(base, sidekick, targets)
+    assert nll(t_base, t_sidekick) <= grid + 1e-6
+    assert 625 < passes <= 625 + 70
+
+
+def test_the_published_head_predicts_as_the_duo_and_is_less_sure() -> None:
+    base, sidekick, _ = make_logits(50, 6, seed=1)
+    t = torch.tensor([0.9, 0.3])
+    probs, prediction, uncertainty = published_head(base, sidekick, t)
+    want = (0.9 * base + 0.3 * sidekick).double().softmax(1)
+    torch.testing.assert_close(probs.double(), want, rtol=1e-5, atol=1e-7)
+    assert torch.equal(prediction, want.argmax(1))
+    p, q = ((2 * w * x).double().softmax(1) for w, x in ((0.9, base), (0.3, sidekick)))
+    divergence = (q * (q.log() - p.log())).sum(1)
+    torch.testing.assert_close(
+        uncertainty.double(), 1 - want.amax(1) + 0.1 * divergence, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_fits_reach_the_optimum_but_the_published_one() -> None:
+    rows = list(bench_fit.measure(ASKED, ((400, 8),)))
+    found = {row["method"]: row for row in rows}
+    assert {"fit_temperatures", "published", "torch L-BFGS", "scipy L-BFGS-B"} <= set(found)
+    for name, row in found.items():
+        assert -1e-12 < row["excess"] < (0.05 if name == "published" else 1e-6)
+    assert found["published"]["passes"] > 600
+    base, sidekick, targets = bench_fit.two_models(400, 8)
+    one, none, _ = bench_fit.torch_uncertainty(base, sidekick, targets)
+    losses = [F.cross_entropy(t * base, targets).item() for t in (0.98 * one, one, 1.02 * one)]
+    assert min(losses) == losses[1]
+    assert none == 0
+
+
+def test_heads_agree_and_their_traffic_is_counted() -> None:
+    base, sidekick, _ = make_logits(16, 10, seed=0)
+    methods = bench_head.methods(base, sidekick)
+    probs, prediction, confidence = methods["plain"]()
+    for name in ("head", "head, compiled"):
+        head = methods[name]()
+        torch.testing.assert_close(head.probs, probs)
+        assert torch.equal(head.prediction, prediction)
+        torch.testing.assert_close(head.confidence, confidence)
+    assert methods["head, compiled, no probs"]().probs is None
+    assert bench_head.traffic(base, "head") == 3 * 4 * 160
+    assert bench_head.traffic(base.bfloat16(), "head, compiled, no probs") == 2 * 2 * 160
+
+
+def test_other_libraries_measure_the_same() -> None:
+    confidence, correct = bench_metrics.samples(2000)
+    mine, theirs = (f(confidence, correct) for f in (bench_metrics.ours, bench_metrics.others))
+    auroc = mine["correctness_auroc"]()
+    assert float(theirs["torchmetrics AUROC"]()) == pytest.approx(float(auroc), abs=1e-5)
+    assert theirs["scikit-learn AUROC"]() == pytest.approx(float(auroc), abs=1e-6)
+    # torch-uncertainty integrates by trapezoids from the first sample on.
+    aurc = float(mine["aurc"]())
+    assert float(theirs["torch-uncertainty AURC"]()) == pytest.approx(aurc, rel=0.05)
+
+
+def test_a_run_writes_rows_growth_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_metrics.py", "--repeats", "3", "--quick"])
+    given = harness.parser("").parse_args()
+    given.output = tmp_path
+    harness.run(
+        "metrics", given, lambda asked: bench_metrics.measure(asked, (100, 200, 400)),
+        bench_metrics.GROWTH,
+    )  # fmt: skip
+    rows = render.load(tmp_path, "metrics")
+    assert {row["samples"] for row in rows} == {100, 200, 400}
+    for row in rows:
+        assert {"device", "hardware", "threads", "torch", "profile", "date", "ms"} <= set(row)
+        assert row["ms_20"] <= row["ms"] <= row["ms_80"]
+        assert row["reference"] == "torch.sort"
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    curves = render.load(tmp_path, "metrics", "growth.jsonl")
+    assert {c["method"] for c in curves if c["value"] == "ms"} == {row["method"] for row in rows}
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+    assert "grow as samples^" in capsys.readouterr().out
+
+
+def target_rows(ratio: float, excess: float) -> str:
+    times = {"ms": 1.0, "ms_20": 1.0, "ms_80": 1.0, "reference": "fit_temperatures"}
+    machine = {"threads": 1, "device": "cpu", "samples": 2500, "classes": 1000, "part": "fit"}
+    ratios = {"ratio": ratio, "ratio_20": ratio, "ratio_80": ratio, "excess": excess}
+    rows = [{**times, **machine, **ratios, "method": m} for m in ("published", "fit_temperatures")]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_targets_can_be_missed(tmp_path: Path) -> None:
+    (tmp_path / "fit.jsonl").write_text(target_rows(99.0, 2e-6))
+    text = "\n".join(render.targets(tmp_path))
+    assert "99.0 (99.0-99.0) | >= 100 | **no** |" in text
+    assert "2.0e-06 | <= 1e-06 | **no** |" in text
+    (tmp_path / "fit.jsonl").write_text(target_rows(101.0, 1e-9))
+    text = "\n".join(render.targets(tmp_path))
+    assert "101.0 (101.0-101.0) | >= 100 | yes |" in text
+    assert "duo / (base + sidekick), eager |  | not measured" in text
+
+
+def test_the_report_in_the_repository_is_what_its_rows_say() -> None:
+    assert (BENCHMARKS / "RESULTS.md").read_text() == render.report(BENCHMARKS / "results")
+
+
+def test_rows_in_the_repository_are_consistent() -> None:
+    for name in render.NAMES:
+        rows = render.load(BENCHMARKS / "results", name)
+        assert rows, name
+        for row in (row for row in rows if "ms" in row):
+            assert row["ms_20"] <= row["ms"] <= row["ms_80"]
+            assert row["ratio_20"] <= row["ratio"] <= row["ratio_80"]
+            assert all(np.isfinite(row[key]) for key in ("ms", "ratio"))
