@@ -200,7 +200,7 @@ def compare(
     }
     timing = interleave(methods, repeats=3 if asked.quick else 5, device=asked.device)
     turns = zip(*(timing.seconds[name] for name in ("base", "sidekick", "data")), strict=True)
-    ideal = Spread.of([(b + s - d) / (b + s) for b, s, d in turns]).median
+    ideal = Spread.of([(b + s - d) / (b + s) for b, s, d in turns])
     rows = []
     for name, method in methods.items():
         alone = ("base", "sidekick") if name == "callback" else ("base",)
@@ -208,7 +208,7 @@ def compare(
         how = {"part": "ranks" if ranks else "fit", "workers": workers, "ranks": processes}
         row = {**how, **case._asdict(), **timing.row(name, *alone)}
         rows.append(row | {"peak_mb": None if peak is None else peak / 1e6})
-    rows[2]["ideal"] = ideal
+    rows[2] |= {"ideal": ideal.median, "ideal_20": ideal.low, "ideal_80": ideal.high}
     return rows
 
 

@@ -116,6 +116,8 @@ def measure(
                     peak = peak_memory(method, asked.device)
                     yield row | {
                         "of_copy": copied.median,
+                        "of_copy_20": copied.low,
+                        "of_copy_80": copied.high,
                         "gb_per_s": traffic(base, name) / row["ms"] / 1e6,
                         "peak_mb": None if peak is None else peak / 1e6,
                     }

@@ -21,11 +21,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lightning_duo.timing import environment
+from lightning_duo.timing import environment, installed_version
 
 Row: TypeAlias = dict[str, Any]
 TIMES = ("ms", "ms_20", "ms_80", "reference", "ratio", "ratio_20", "ratio_80", "readings")
-MACHINE = tuple(environment())
+OTHERS = ("scipy", "scikit-learn", "torchmetrics", "torch-uncertainty", "fvcore")
+MACHINE = (*environment(), *OTHERS)
 OUTPUT = Path("outputs/bench")
 
 
@@ -151,6 +152,8 @@ def ratio_cell(row: Mapping[str, Any]) -> str:
 def columns(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that are neither times nor the machine."""
     known = {*TIMES, *MACHINE, "benchmark", "profile", "date", "command"}
+    if len({row.get("dtype") for row in rows}) == 1:
+        known.add("dtype")
     return [c for c in dict.fromkeys(key for row in rows for key in row) if c not in known]
 
 
@@ -206,6 +209,7 @@ def run(
     for old in given.output.glob(f"{stem}.*"):
         old.unlink()  # so that a run that fails leaves nothing of an earlier one
     machine = environment(asked.device)
+    machine |= {package: installed_version(package) for package in OTHERS}
     common = {"benchmark": name, "profile": "quick" if asked.quick else "full"}
     common["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     common["command"] = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *asked.given])
@@ -213,6 +217,7 @@ def run(
     with (given.output / f"{stem}.jsonl").open("w") as file:
         for row in measure(asked):
             rows.append({**common, **row, **{k: row.get(k, v) for k, v in machine.items()}})
+            rows[-1].setdefault("dtype", "float32")
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
             said = " ".join(f"{key}={shown(row.get(key))}" for key in columns([row]))

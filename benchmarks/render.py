@@ -105,18 +105,27 @@ def targets(folder: Path) -> list[str]:
 def overhead(folder: Path) -> list[str]:
     """Measured time of a duo over its base beside 1 + FLOPs balance."""
     rows, lines = load(folder, "throughput"), []
-    for cost in (row for row in rows if row.get("part") == "cost"):
-        for row in rows:
-            about = row.get("pair") == cost["pair"] and row.get("part") == "pair"
-            if about and row["method"].startswith("duo") and "sidekick" not in row["reference"]:
-                counted = [f"{1 + cost[k]:.3f}" if cost[k] is not None else "not measured"
-                           for k in ("balance", "balance_fused", "balance_fvcore")]  # fmt: skip
-                skipped = ", ".join(cost["skipped_fvcore"] or ()) or "nothing"
-                lines.append([row["pair"], row["method"], str(row["batch"]), ratio_cell(row),
-                              *counted, skipped])  # fmt: skip
-    headings = ("pair", "duo", "batch", "time / base", "1 + balance", "... fused attention",
-                "... by fvcore", "fvcore skipped")  # fmt: skip
-    return table(headings, lines) if lines else []
+    costs = {row["pair"]: row for row in rows if row.get("part") == "cost"}
+    for row in (row for row in rows if row.get("part") == "pair"):
+        if row["method"].startswith("duo") and "sidekick" not in row["reference"]:
+            cost = f"{1 + costs[row['pair']]['balance']:.3f}"
+            lines.append([row["pair"], row["method"], str(row["batch"]), ratio_cell(row), cost])
+    return table(("pair", "duo", "batch", "time / base (20-80 %)", "1 + balance"), lines)
+
+
+def counters(folder: Path) -> list[str]:
+    """FLOPs balance by three counters, and where they disagree."""
+    lines = []
+    for row in (row for row in load(folder, "throughput") if row.get("part") == "cost"):
+        ways = [row[k] for k in ("balance", "balance_fused", "balance_fvcore")]
+        shown = ["not measured" if way is None else f"{way:.4f}" for way in ways]
+        flops = [f"{row[k] / 1e9:.2f}" for k in ("flops_base", "flops_sidekick")]
+        size = [f"{row[k] / 1e6:.1f}" for k in ("parameters_base", "parameters_sidekick")]
+        skipped = ", ".join(row["skipped_fvcore"] or ()) or "nothing"
+        lines.append([row["pair"], " + ".join(flops), " + ".join(size), *shown, skipped])
+    headings = ("pair", "GFLOPs", "M parameters", "balance", "with attention fused", "by fvcore",
+                "fvcore leaves out")  # fmt: skip
+    return table(headings, lines)
 
 
 def section(folder: Path, name: str, figures: str | None) -> list[str]:
@@ -128,8 +137,9 @@ def section(folder: Path, name: str, figures: str | None) -> list[str]:
         return [*text, f"Not measured: `python benchmarks/{script}`.", ""]
     for row in {row["device"]: row for row in rows}.values():
         text += [f"`{row['command']}`, {row['date']}: {described(row)}.", ""]
-    if name == "throughput" and (lines := overhead(folder)):
-        text += ["Overhead measured, beside what FLOPs say (three ways to count):", "", *lines, ""]
+    if name == "throughput":
+        text += ["Overhead measured, beside what FLOPs say:", "", *overhead(folder), ""]
+        text += ["FLOPs balance by three counters; the first is used:", "", *counters(folder), ""]
         for row in (row for row in rows if row.get("part") == "determination"):
             what = f"{row['method']}s, {row['models']} models, base {row['base']}"
             text += [f"R2 of log throughput on log FLOPs, {what}: {row['r2']:.3f}.", ""]

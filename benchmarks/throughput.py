@@ -32,7 +32,12 @@ from lightning_duo.zoo import build_sidekick
 
 PIXELS = 224
 QUICK_PAIRS = ("resnet18+resnet10t",)
-PAIRS = ("convnext_base+resnet34", "vit_base_patch16_224+resnet34")
+PAIRS = ("convnext_base+resnet34",)
+COUNTED = (  # whose operations are counted in three ways, and not timed
+    "vit_base_patch16_224+resnet34",
+    "torchvision/vit_b_16+resnet34",
+    "torchvision/swin_b+torchvision/efficientnet_b0",
+)
 BASE = {"cuda": "torchvision/convnext_large", "cpu": "torchvision/convnext_base"}
 QUICK_BASE = "torchvision/resnet50"
 QUICK_ZOO = (
@@ -184,6 +189,10 @@ def measure(asked: Options, pairs: Sequence[str], compiled: bool) -> Iterator[Ro
     chosen = pairs or (QUICK_PAIRS if asked.quick else PAIRS)
     for name in chosen:
         yield from pair(name, asked, compiled)
+    for name in COUNTED:
+        parts = [build(part, asked.device) for part in name.split("+")]
+        counted = costs(*parts, torch.randn(1, 3, PIXELS, PIXELS, device=asked.device))
+        yield {"part": "cost", "pair": name, "method": "counters", **counted}
     yield from growth(QUICK_PAIRS[0], asked)
     rows = []
     base, names = (

@@ -19,8 +19,9 @@ FEWEST_ROWS = 64  # of a subsample
 SHRINK = 5  # a subsample has so many times fewer rows than what it prepares
 # Lengths of a step to try in one pass, in Newton steps, and the range of gained over promised in
 # which the next step is tried alone: from T = 0, and from the optimum of a subsample.
-FROM_ZERO = ((8.0, 2.0, 1.0, 0.5, 0.25, 0.0625), (0.8, 1.2))
-FROM_NEAR = ((4.0, 1.0, 0.25), (0.2, 4.0))
+_Trials: TypeAlias = tuple[tuple[float, ...], tuple[float, float]]
+FROM_ZERO: _Trials = ((8.0, 2.0, 1.0, 0.5, 0.25, 0.0625), (0.8, 1.2))
+FROM_NEAR: _Trials = ((4.0, 1.0, 0.25), (0.2, 4.0))
 LEAST_DOUBT = 4.0  # of a promise, times the square root of the gain: less would be luck
 ROUGH = 0.2  # a subsample's optimum is off by about 1 / rows in NLL; it is found to this part of it
 

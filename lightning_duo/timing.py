@@ -222,7 +222,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed_version(name) for name in PACKAGES},
         "cuda": torch.version.cuda if cuda else None,
         "tf32": torch.backends.cudnn.allow_tf32 if cuda else None,
     }
@@ -237,7 +237,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution; None if it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:

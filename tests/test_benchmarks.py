@@ -48,7 +48,9 @@ def test_growth_takes_the_rows_it_is_about() -> None:
         ("a", "ms", (7, 14, 28)),
         ("b", "ms", (7, 14, 28)),
     ]
-    assert not list(harness.grow(rows, [harness.Growth("k")]))  # two sizes are no curve
+    assert not list(harness.grow(rows, [harness.Growth("k", {"n": 1})]))  # two sizes are no curve
+    with pytest.raises(ValueError, match="takes several rows of a at one size"):
+        list(harness.grow(rows, [harness.Growth("n")]))
 
 
 def test_the_published_fit_finds_the_best_of_its_grid_and_improves_it() -> None:
