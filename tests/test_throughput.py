@@ -71,11 +71,11 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
 def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
     assert largest_batch(base, sample) == (128, "at most 128")
-    peaks = iter([100, 120, 100, 120])  # of batches of one and three: 90 + 10 a sample
+    peaks = iter([100_000, 120_000] * 2)  # of batches of one and three: 90 + 10 kB a sample
     monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
-    monkeypatch.setattr(throughput, "_free_memory", lambda: 820)  # of which half may be used
-    assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410; 64 would take 730
-    monkeypatch.setattr(throughput, "_free_memory", lambda: 100)
+    monkeypatch.setattr(throughput, "_free_memory", lambda: 820_000)  # of which half may be used
+    assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410 kB; 64 would take 730
+    monkeypatch.setattr(throughput, "_free_memory", lambda: 100_000)
     with pytest.raises(RuntimeError, match="not even one sample fits"):
         largest_batch(base, sample)
 
