@@ -19,6 +19,7 @@ from lightning_duo import metrics, selective
 from lightning_duo.threshold import select_thresholds
 from lightning_duo.timing import interleave, peak_memory
 
+QUICK = (10**4, 10**5, 3 * 10**5)
 SIZES = (10**4, 10**5, 10**6, 10**7)
 SORT = "torch.sort"
 GROWTH = (Growth("samples", {}, ("ms", "peak_mb")),)
@@ -88,7 +89,7 @@ def bytes_per_sample(data: tuple[Tensor, Tensor]) -> float:
 
 def measure(asked: Options, sizes: tuple[int, ...] | None = None) -> Iterator[Row]:
     """Rows for all sizes."""
-    for count in sizes or (SIZES[:3] if asked.quick else SIZES):
+    for count in sizes or (QUICK if asked.quick else SIZES):
         confidence, correct = (part.to(asked.device) for part in samples(count))
         methods = {**ours(confidence, correct), **others(confidence, correct)}
         timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=60)

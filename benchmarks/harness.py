@@ -160,12 +160,14 @@ def columns(rows: Sequence[Row]) -> list[str]:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of a table of rows."""
     chosen = columns(rows)
-    headings = [*chosen, "ms (20-80 %)", "ratio (20-80 %)", "to"]
+    timed = any("ms" in row for row in rows)
+    headings = [*chosen, *(("ms (20-80 %)", "ratio (20-80 %)", "to") if timed else ())]
     lines = []
     for row in rows:
         times = f"{row['ms']:.4g} ({row['ms_20']:.3g}-{row['ms_80']:.3g})" if "ms" in row else ""
         chosen_cells = [shown(row.get(column)) for column in chosen]
-        lines.append([*chosen_cells, times, ratio_cell(row), row.get("reference", "")])
+        ratios = (times, ratio_cell(row), row.get("reference", ""))
+        lines.append([*chosen_cells, *(ratios if timed else ())])
     return headings, lines
 
 

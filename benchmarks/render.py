@@ -176,7 +176,8 @@ def render(folder: Path, path: Path) -> Path:
     kept = path.parent / path.stem.lower()
     kept.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".png", ".jsonl") and file.parent != kept:
+        ours = file.name.split(".")[0].removesuffix("_cuda") in (*NAMES, "figure8")
+        if ours and file.suffix in (".png", ".jsonl") and file.parent != kept:
             shutil.copy(file, kept / file.name)
     path.write_text(report(kept))
     return path

@@ -42,7 +42,6 @@ BASE = {"cuda": "torchvision/convnext_large", "cpu": "torchvision/convnext_base"
 QUICK_BASE = "torchvision/resnet50"
 QUICK_ZOO = (
     "torchvision/resnet18",
-    "torchvision/resnet34",
     "torchvision/mnasnet1_0",
     "torchvision/shufflenet_v2_x1_0",
     "torchvision/regnet_y_800mf",

@@ -166,9 +166,9 @@ def test_the_report_in_the_repository_is_what_its_rows_say() -> None:
 
 
 def test_rows_in_the_repository_are_consistent() -> None:
-    for name in render.NAMES:
-        rows = render.load(BENCHMARKS / "results", name)
-        assert rows, name
+    kept = {name: render.load(BENCHMARKS / "results", name) for name in render.NAMES}
+    assert sum(map(len, kept.values())) > 100
+    for rows in kept.values():
         for row in (row for row in rows if "ms" in row):
             assert row["ms_20"] <= row["ms"] <= row["ms_80"]
             assert row["ratio_20"] <= row["ratio"] <= row["ratio_80"]
