@@ -1,29 +1,26 @@
 """The two temperatures of a duo, fitted exactly: a convex problem in two non-negative numbers."""
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_duo.newton import Models, Optimum, Pair, Status, search
 from lightning_duo_kernels.nll import NllSums, Point, nll_sums
 
-MAX_PASSES = 12
-RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
-TINY = 1e-30
 DOUBLE_LOGITS = 1 << 20  # of one model; up to so many are computed with in float64, which is slower
 WIDE = 1e12  # logits whose squares would overflow float32 in sums
 FEWEST_ROWS = 64  # of a subsample
-SHRINK = 5  # a subsample has so many times fewer rows than what it prepares
-# Lengths of a step to try in one pass, in Newton steps, and the range of gained over promised in
-# which the next step is tried alone: from T = 0, and from the optimum of a subsample.
-_Trials: TypeAlias = tuple[tuple[float, ...], tuple[float, float]]
-FROM_ZERO: _Trials = ((8.0, 2.0, 1.0, 0.5, 0.25, 0.0625), (0.8, 1.2))
-FROM_NEAR: _Trials = ((4.0, 1.0, 0.25), (0.2, 4.0))
-LEAST_DOUBT = 4.0  # of a promise, times the square root of the gain: less would be luck
+SHRINK = 11  # a subsample has at most so many times fewer rows than what it prepares
 ROUGH = 0.2  # a subsample's optimum is off by about 1 / rows in NLL; it is found to this part of it
+SEARCHES: dict[str, Models] = {
+    "duo": (True, True),
+    "base": (True, False),
+    "sidekick": (False, True),
+}
 
 
 class Temperatures(NamedTuple):
@@ -37,7 +34,6 @@ class Temperatures(NamedTuple):
     sidekick: float
 
 
-Status: TypeAlias = Literal["converged", "separable", "pass_limit"]
 UNWEIGHTED = Temperatures(0.5, 0.5)
 
 
@@ -46,15 +42,15 @@ class _Precision(NamedTuple):
 
     dtype: torch.dtype
     tolerance: float
-    """The last Newton step's promised gain may be off by so much, as it is not evaluated."""
+    """NLL above the lowest, below which a search stops. Its last step is not evaluated."""
     equal: float
-    """A difference in NLL that is none, between optima found to the tolerance."""
+    """A difference in NLL that is none, between what last steps promise."""
     rounding: float
     """Relative; two losses that differ by less are equal."""
 
 
-_DOUBLE = _Precision(torch.float64, tolerance=1e-12, equal=1e-11, rounding=1e-12)
-_SINGLE = _Precision(torch.float32, tolerance=1e-7, equal=1e-7, rounding=1e-7)
+_DOUBLE = _Precision(torch.float64, tolerance=1e-16, equal=1e-10, rounding=1e-12)
+_SINGLE = _Precision(torch.float32, tolerance=1e-8, equal=1e-6, rounding=1e-7)
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class TemperatureFit:
     """Optimum of the duo."""
     nll: float
     """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``. It is what the
-    last Newton step foresees, exact to about 1e-12, or 1e-7 where the fit computes in float32."""
+    last Newton step foresees, exact to about 1e-11, or 1e-6 where the fit computes in float32."""
     scaled_base: Temperatures
     """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
     nll_base: float
@@ -112,7 +108,7 @@ def fit_temperatures(
     Most of the way is found on a few rows; all of them are then read two or three times, in chunks,
     so the extra memory is a few tens of MB whatever the number of samples. Arithmetic is in float64
     for float64 logits, on CUDA, and for up to a million logits (2^20 a model); else in float32,
-    with sums over samples in float64: the reported NLL is then right to about 1e-7, and that of
+    with sums over samples in float64: the reported NLL is then right to about 1e-6, and that of
     the temperatures is within about 1e-8 of the lowest.
 
     Args:
@@ -154,11 +150,11 @@ def fit_temperatures(
     if alone.nll < duo.nll - precision.equal:
         duo = alone
     return TemperatureFit(
-        duo.temperatures,
+        Temperatures(*duo.temperatures),
         duo.nll,
-        base.temperatures,
+        Temperatures(*base.temperatures),
         max(base.nll, duo.nll),
-        sidekick.temperatures,
+        Temperatures(*sidekick.temperatures),
         max(sidekick.nll, duo.nll),
         duo.status,
         passes,
@@ -205,172 +201,52 @@ class _Data:
         count = int(self.reduce(local).item())
         return replace(self, base=base, sidekick=sidekick, targets=targets, count=count)
 
-    def sums(self, wanted: "dict[str, list[Temperatures]]") -> Tensor:
+    def sums(self, wanted: dict[str, list[Pair]]) -> Tensor:
         """Sums of this process at all temperatures that the searches want, in one read."""
         points = [Point(t, SEARCHES[name]) for name, trials in wanted.items() for t in trials]
         how = {"masked": self.masked, "dtype": self.precision.dtype}
         return nll_sums(self.base, self.sidekick, self.targets, points, **how)  # type: ignore[arg-type]
 
 
-class _Optimum(NamedTuple):
-    at: tuple[float, float]
-    unit: tuple[float, float]
-    nll: float
-    status: Status
-
-    @property
-    def temperatures(self) -> Temperatures:
-        return _scaled(self.at, self.unit)
-
-
-_Models: TypeAlias = tuple[bool, bool]  # which of (base, sidekick) may get a temperature above 0
-SEARCHES: dict[str, _Models] = {
-    "duo": (True, True),
-    "base": (True, False),
-    "sidekick": (False, True),
-}
-_Search: TypeAlias = Generator[list[Temperatures], list[NllSums], _Optimum]
-
-
-class _Quadratic(NamedTuple):
-    """NLL per sample around a point, in units in which each model's logits have variance 1."""
-
-    value: float
-    gradient: tuple[float, float]
-    hessian: tuple[float, float, float]  # base, cross, sidekick
-    unsure: float
-
-    @classmethod
-    def from_sums(cls, s: NllSums, count: int, unit: tuple[float, float]) -> "_Quadratic":
-        b, k = unit
-        return cls(
-            s.loss / count,
-            (s.grad_base * b / count, s.grad_sidekick * k / count),
-            (
-                s.curvature_base * b * b / count,
-                s.curvature_cross * b * k / count,
-                s.curvature_sidekick * k * k / count,
-            ),
-            s.unsure,
-        )
-
-    def box_step(self, at: tuple[float, float], ridge: float) -> tuple[float, tuple[float, float]]:
-        """Gain and exact minimiser of the quadratic over steps that keep ``at`` >= 0.
-
-        ``ridge`` is relative to the curvature; in proportion to the number of models, two equal
-        models take together the step that one would take alone.
-        """
-        (g0, g1), (h00, h01, h11) = self.gradient, self.hessian
-        damping = ridge * max(h00, h11, TINY)
-        h00, h11 = h00 + damping, h11 + damping
-        det = h00 * h11 - h01 * h01
-        u0, u1 = at
-        candidates = [
-            (-u0, -(g1 - h01 * u0) / h11),
-            (-(g0 - h01 * u1) / h00, -u1),
-            (-u0, -u1),
-        ]
-        if det > 0:
-            candidates.append(((h01 * g1 - h11 * g0) / det, (h01 * g0 - h00 * g1) / det))
-        best, best_step = 0.0, (0.0, 0.0)
-        for d0, d1 in candidates:
-            change = g0 * d0 + g1 * d1 + (h00 * d0 * d0 + h11 * d1 * d1) / 2 + h01 * d0 * d1
-            if u0 + d0 >= 0 and u1 + d1 >= 0 and change < best:
-                best, best_step = change, (d0, d1)
-        return -best, best_step
-
-
-def _search(
-    count: int, models: _Models, start: _Optimum | None, tolerance: float, rounding: float
-) -> _Search:
-    """Find one optimum: yields points to evaluate, receives their sums, returns the optimum.
-
-    Newton steps from T = 0, where the curvature is the mean variance within a row and so gives
-    each model's scale. NLL of confident models has features at many scales (a step may be far too
-    long or too short), so as long as the quadratic does not predict what a step gains, one pass
-    tries several lengths of it.
-
-    Args:
-        count: Number of samples.
-        models: Which of (base, sidekick) may have a temperature above 0.
-        start: Optimum of a subsample to start from, if there is one.
-        tolerance: Error in the promised gain of a Newton step, in NLL, below which it is the last;
-            it is taken without being evaluated.
-        rounding: Relative difference of two losses that is none.
-    """
-    scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
-    if start is None or start.status != "converged" or not scaled:
-        at, (tried, trust) = (0.0, 0.0), FROM_ZERO
-        (sums,) = yield [Temperatures(0.0, 0.0)]
-        spread = (sums.curvature_base, sums.curvature_sidekick)
-        unit = (
-            math.sqrt(count / spread[0]) if models[0] and spread[0] > 0 else 0.0,
-            math.sqrt(count / spread[1]) if models[1] and spread[1] > 0 else 0.0,
-        )
-    else:
-        at, unit, (tried, trust) = start.at, start.unit, FROM_NEAR
-        (sums,) = yield [start.temperatures]
-    here = _Quadratic.from_sums(sums, count, unit)
-    trusted, shrink, doubt = any(at), 1.0, math.inf
-    for passes in range(1, MAX_PASSES + 1):
-        gain, step = here.box_step(at, RIDGE * sum(models))
-        if here.unsure == 0 and any(at):
-            # Every target beats all other classes together, so growing T only lowers the NLL.
-            if here.value == 0:
-                return _Optimum(at, unit, here.value, "separable")
-            step = at
-            lengths: tuple[float, ...] = (7.0, 63.0, 511.0)
-        elif gain * min(1.0, max(doubt, LEAST_DOUBT) * math.sqrt(gain)) < tolerance and shrink == 1:
-            at = (max(at[0] + step[0], 0.0), max(at[1] + step[1], 0.0))
-            return _Optimum(at, unit, here.value - gain, "converged")
-        else:
-            lengths = (1.0,) if trusted else tuple(shrink * length for length in tried)
-        if passes == MAX_PASSES:
-            break
-        trials = [
-            (max(at[0] + length * step[0], 0.0), max(at[1] + length * step[1], 0.0))
-            for length in lengths
-        ]
-        received = yield [_scaled(trial, unit) for trial in trials]
-        found = [_Quadratic.from_sums(sums, count, unit) for sums in received]
-        best = min(range(len(found)), key=lambda i: found[i].value)
-        gained = here.value - found[best].value
-        if gained < -rounding * here.value:
-            shrink, trusted = shrink if trusted else shrink * tried[-1] / 2, False
-        else:
-            trusted = lengths[best] == 1 and trust[0] * gain <= gained <= trust[1] * gain
-            # Cubic terms put a promise off in proportion to the step, so to the gain's root.
-            doubt = abs(gained / gain - 1) / math.sqrt(gain) if trusted and gain > 0 else math.inf
-            at, here, shrink = trials[best], found[best], 1.0
-    return _Optimum(at, unit, here.value, "pass_limit")
-
-
-def _fit(data: _Data) -> tuple[dict[str, _Optimum], int]:
+def _fit(data: _Data) -> tuple[dict[str, Optimum], int]:
     """Find the optima on ever more rows, the last time on all; also how often these were read."""
-    stride, strides = 1, [1]
-    while data.count // (stride * SHRINK) >= FEWEST_ROWS:
-        stride *= SHRINK
-        strides.append(stride)
-    optima: dict[str, _Optimum] = {}
+    most = max(1.0, data.count / FEWEST_ROWS)
+    levels = math.ceil(math.log(most, SHRINK))
+    strides = [max(1, int(most ** (level / max(1, levels)))) for level in range(levels + 1)]
+    optima: dict[str, Optimum] = {}
     passes = 0
     for stride in reversed(strides):
         rough = stride > 1
         part = data.sample(stride) if rough else data
         tolerance = max(data.precision.tolerance, ROUGH / part.count if rough else 0.0)
-        optima, passes = _run(part, optima, tolerance)
+        # The fewest rows may be right without exception in the duo's eyes: it starts a level later.
+        names = [name for name in SEARCHES if name != "duo" or stride < strides[-1] or not rough]
+        starts = {**optima, "duo": _between(optima)}
+        optima, passes = _run(part, {name: starts.get(name) for name in names}, tolerance)
     return optima, passes
 
 
+def _between(optima: dict[str, Optimum]) -> Optimum | None:
+    """Where to start the duo's search: its optimum on fewer rows, or halfway between the models."""
+    if not optima or ("duo" in optima and optima["duo"].status == "converged"):
+        return optima.get("duo")
+    base, sidekick = optima["base"], optima["sidekick"]
+    if base.status != "converged" or sidekick.status != "converged":
+        return None
+    at, unit = (base.at[0] / 2, sidekick.at[1] / 2), (base.unit[0], sidekick.unit[1])
+    return Optimum(at, unit, math.nan, "converged", None)
+
+
 def _run(
-    data: _Data, start: dict[str, _Optimum], tolerance: float
-) -> tuple[dict[str, _Optimum], int]:
+    data: _Data, starts: dict[str, Optimum | None], tolerance: float
+) -> tuple[dict[str, Optimum], int]:
     """Run the searches side by side, so that one pass serves all; also the number of passes."""
     searches = {
-        name: _search(data.count, models, start.get(name), tolerance, data.precision.rounding)
-        for name, models in SEARCHES.items()
+        name: search(data.count, SEARCHES[name], start, tolerance, data.precision.rounding)
+        for name, start in starts.items()
     }
-    wanted = {name: next(search) for name, search in searches.items()}
-    optima: dict[str, _Optimum] = {}
+    wanted = {name: next(steps) for name, steps in searches.items()}
+    optima: dict[str, Optimum] = {}
     passes = 0
     while wanted:
         passes += 1
@@ -382,10 +258,6 @@ def _run(
                 optima[name] = found.value
                 del wanted[name]
     return optima, passes
-
-
-def _scaled(at: tuple[float, float], unit: tuple[float, float]) -> Temperatures:
-    return Temperatures(at[0] * unit[0], at[1] * unit[1])
 
 
 def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 1 << 21  # of one model's logits that are worked on at a time: they stay in the cache
 LOG_2 = math.log(2.0)
+TINY = 1e-30  # a target's probability below which float32 begins to lose it
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -96,51 +97,115 @@ def _in_chunks(
 ) -> Tensor:
     shape = len(points), len(NllSums._fields)
     total = torch.zeros(shape, dtype=torch.float64, device=base.device)
-    rows = max(1, CHUNK_BYTES // (dtype.itemsize * base.shape[1]))
+    t = torch.tensor([point.temperatures for point in points], dtype=dtype, device=base.device)
+    groups = _neighbours(points)
+    most = max(group.stop - group.start for group, _ in groups)
+    rows = max(1, CHUNK_BYTES // (dtype.itemsize * base.shape[1] * most))
+    rows = max(1, min(rows, len(targets)))
+    # Written over by each chunk: fresh memory would cost as much as the arithmetic.
+    room = torch.empty(2 * most + 2, rows, base.shape[1], dtype=dtype, device=base.device)
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
-        a, b, y = base[chunk].to(dtype), sidekick[chunk].to(dtype), targets[chunk, None].long()
-        # Logits relative to the target's: its own are 0, so loss = log sum exp.
-        a, b = a - a.gather(1, y), b - b.gather(1, y)
+        y = targets[chunk, None].long()
+        here = room[:, : len(y)]
+        a = _relative(base[chunk].to(dtype), y, here[0])
+        b = _relative(sidekick[chunk].to(dtype), y, here[1])
         hidden = a == -torch.inf if masked else None
         if hidden is not None:
             a, b = a.masked_fill_(hidden, 0.0), b.masked_fill_(hidden, 0.0)
-        for i, ((t_base, t_sidekick), (use_base, use_sidekick)) in enumerate(points):
-            z = a * t_base if use_base else b * t_sidekick
-            if use_base and use_sidekick:
-                z.add_(b, alpha=t_sidekick)
-            if hidden is not None:
-                z.masked_fill_(hidden, -torch.inf)
-            total[i] += _row_sums(z, a if use_base else None, b if use_sidekick else None)
+        of_rows, of_squares = _moments(a, b, y, t, groups, hidden, here[2:])
+        loss = _losses(of_rows[0], of_rows[1], a, b, t, hidden)
+        means = of_rows[2:].double() / of_rows[0].double()
+        total[:, 0] += loss.sum(dim=1)
+        total[:, 1:3] += means.sum(dim=2).T
+        products = torch.stack([means[0] * means[0], means[0] * means[1], means[1] * means[1]])
+        total[:, 3:6] += (of_squares.double() - products.sum(dim=2)).T
+        total[:, 6] += (loss >= LOG_2).sum(dim=1)
     return total
 
 
-def _row_sums(z: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Sums over one chunk's rows, shape (7,), in the order of `NllSums`.
+def _relative(logits: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Logits less that of the target: its own are 0, so loss = log sum exp."""
+    return torch.sub(logits, logits.gather(1, y), out=out)
 
-    ``z`` are the weighted logits, ``a`` and ``b`` those of base and sidekick (None where the point
-    leaves that model out), all relative to the target's. ``z`` is overwritten.
+
+def _neighbours(points: Sequence[Point]) -> list[tuple[slice, tuple[bool, bool]]]:
+    """Runs of points with the same models; each run is evaluated at once."""
+    starts = [i for i in range(len(points)) if not i or points[i].models != points[i - 1].models]
+    stops = [*starts[1:], len(points)]
+    return [(slice(i, j), points[i].models) for i, j in zip(starts, stops, strict=True)]
+
+
+def _moments(
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    t: Tensor,
+    groups: list[tuple[slice, tuple[bool, bool]]],
+    hidden: Tensor | None,
+    room: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """All that takes a look at every logit of a chunk, in as few operations as can be.
+
+    Args:
+        a: Logits of the base relative to the target's, shape (rows, K).
+        b: Those of the sidekick.
+        y: Targets, shape (rows, 1).
+        t: Temperatures of the points, shape (points, 2).
+        groups: Of `_neighbours`.
+        hidden: Which logits are masked, shape (rows, K), if any is.
+        room: Two matrices of shape (rows, K) for each point of the longest run, to work in.
+
+    Returns:
+        For each row the sum of p, p of the target, sum of p * a and of p * b, shape
+        (4, points, rows); and sums over the rows of E[aa], E[ab], E[bb], shape (3, points).
     """
-    top = z.amax(dim=1)
-    p = torch.softmax(z, dim=1)
-    # Over many classes PyTorch's softmax in float32 adds up to a little more or less than 1.
-    total = p.sum(dim=1).double()
-    loss = top.double() - (p.amax(dim=1) / total).log()
-    sums = torch.zeros(len(NllSums._fields), dtype=torch.float64, device=z.device)
-    sums[0], sums[6] = loss.sum(), (loss >= LOG_2).sum()
-    if a is not None:
-        pa = torch.mul(p, a, out=z) if b is not None else p.mul_(a)
-        mean_a = pa.sum(dim=1).double() / total
-        sums[1], sums[3] = mean_a.sum(), _covariance(pa, a, mean_a, mean_a)
-    if b is not None:
-        pb = p.mul_(b)
-        mean_b = pb.sum(dim=1).double() / total
-        sums[2], sums[5] = mean_b.sum(), _covariance(pb, b, mean_b, mean_b)
-    if a is not None and b is not None:
-        sums[4] = _covariance(pb, a, mean_a, mean_b)
-    return sums
+    of_rows = a.new_zeros(4, len(t), len(a))
+    of_squares = a.new_zeros(3, len(t))
+    flat_a, flat_b = a.flatten(), b.flatten()
+    for run, (use_base, use_sidekick) in groups:
+        sums, squares = of_rows[:, run], of_squares[:, run]
+        t_base, t_sidekick = t[run].T[:, :, None, None]
+        z, p = room[: 2 * len(t_base)].chunk(2)
+        torch.mul(*((a, t_base) if use_base else (b, t_sidekick)), out=z)
+        if use_base and use_sidekick:
+            z.addcmul_(b, t_sidekick)
+        if hidden is not None:
+            z.masked_fill_(hidden, -torch.inf)
+        torch.softmax(z, dim=2, out=p)
+        torch.sum(p, dim=2, out=sums[0])
+        torch.gather(p, 2, y.expand(len(p), -1, 1), out=sums[1, :, :, None])
+        if use_base:
+            pa = torch.mul(p, a, out=z)
+            torch.sum(pa, dim=2, out=sums[2])
+            _dots(pa.flatten(1), flat_a, squares[0])
+        if use_sidekick:
+            pb = p.mul_(b)
+            torch.sum(pb, dim=2, out=sums[3])
+            _dots(pb.flatten(1), flat_b, squares[2])
+        if use_base and use_sidekick:
+            _dots(pb.flatten(1), flat_a, squares[1])
+    return of_rows, of_squares
 
 
-def _covariance(px: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
-    """Sum over rows of E[xy] - E[x]E[y], from p * x and y."""
-    return torch.dot(px.flatten(), y.flatten()).double() - torch.dot(mean_x, mean_y)
+def _dots(rows: Tensor, vector: Tensor, out: Tensor) -> None:
+    """Each row times the vector: one by one, as a product with a matrix keeps to one thread."""
+    for i in range(len(rows)):
+        torch.dot(rows[i], vector, out=out[i])
+
+
+def _losses(
+    total: Tensor, target: Tensor, a: Tensor, b: Tensor, t: Tensor, hidden: Tensor | None
+) -> Tensor:
+    """-log p of the target, shape (points, rows), float64; see `_moments`.
+
+    Over many classes PyTorch's softmax in float32 adds up to a little more or less than 1.
+    """
+    loss = (total.double() / target.double()).log()
+    i, row = (target < TINY).nonzero(as_tuple=True)
+    if len(i):
+        z = t[i, :1] * a[row] + t[i, 1:] * b[row]
+        if hidden is not None:
+            z = z.masked_fill_(hidden[row], -torch.inf)
+        loss[i, row] = z.double().logsumexp(dim=1)
+    return loss
