@@ -60,7 +60,7 @@ SMALL = Case("resnet18", "resnet10t", 64, 16, 10)
 CASES = (
     *(SMALL._replace(batch=batch) for batch in (8, 16, 32)),
     Case("mobilenetv3_large_100", "mobilenetv3_small_050", 64, 16, 10),
-    Case("resnet50", "resnet18", 128, 16, 4),
+    Case("resnet50", "resnet18", 128, 8, 4),
 )
 GROWTH = (
     Growth("batch", {"part": "fit", "base": "resnet18"}, ("ms", "peak_mb")),

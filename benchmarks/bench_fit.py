@@ -4,6 +4,7 @@
 
 - fit_temperatures: ours; it also fits base and sidekick alone, the others only the duo.
 - published: grid and L-BFGS of the code published with the paper (float32; up to 8 * 10^6 logits).
+  Beyond 2 * 10^7 logits only scipy (torch L-BFGS on CUDA) is measured beside ours.
 - torch L-BFGS: with strong Wolfe line search, in float64.
 - scipy L-BFGS-B: on T >= 0 with analytic gradients, in float64 (CPU).
 - torch-uncertainty: its TemperatureScaler with its defaults; it fits one temperature, the base's.
@@ -16,6 +17,7 @@ two or three passes of ours, and a share for subsamples; a published one is 675 
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,6 +48,7 @@ SIZES = (
     (2500, 21841),
 )
 PUBLISHED_LOGITS = 8 * 10**6  # of one model; 675 passes over more take minutes
+LARGE_LOGITS = 2 * 10**7  # of one model; beyond, only the quickest of the others is run
 GROWTH = (
     Growth("samples", {"part": "fit", "classes": 10}, ("ms", "peak_mb")),
     Growth("classes", {"part": "fit", "samples": 2500}, ("ms", "peak_mb")),
@@ -140,6 +143,10 @@ def nll(t: Found, data: Data) -> float:
 def chosen(data: Data) -> dict[str, Callable[[], Found]]:
     """The methods that can fit these data here."""
     found: dict[str, Callable[..., Found]] = {OURS: ours}
+    if data[0].numel() > LARGE_LOGITS:
+        quickest = torch_lbfgs if data[0].is_cuda else scipy_lbfgsb
+        found["torch L-BFGS" if data[0].is_cuda else "scipy L-BFGS-B"] = quickest
+        return {name: partial(fit, *data) for name, fit in found.items()}
     if data[0].numel() <= PUBLISHED_LOGITS:
         found["published"] = published_fit
     found["torch L-BFGS"] = torch_lbfgs
@@ -151,7 +158,7 @@ def chosen(data: Data) -> dict[str, Callable[[], Found]]:
         found[ONE] = torch_uncertainty
     except ImportError:
         print("torch-uncertainty is not installed, so it is not measured")
-    return {name: (lambda fit=fit: fit(*data)) for name, fit in found.items()}
+    return {name: partial(fit, *data) for name, fit in found.items()}
 
 
 def rows_of(data: Data, case: dict[str, Any], asked: Options) -> Iterator[Row]:
