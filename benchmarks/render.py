@@ -106,7 +106,7 @@ def overhead(folder: Path) -> list[str]:
     """Measured time of a duo over its base beside 1 + FLOPs balance."""
     rows, lines = load(folder, "throughput"), []
     costs = {row["pair"]: row for row in rows if row.get("part") == "cost"}
-    for row in (row for row in rows if row.get("part") == "pair"):
+    for row in (row for row in rows if row.get("part") == "pair" and "ratio" in row):
         if row["method"].startswith("duo") and "sidekick" not in row["reference"]:
             cost = f"{1 + costs[row['pair']]['balance']:.3f}"
             lines.append([row["pair"], row["method"], str(row["batch"]), ratio_cell(row), cost])

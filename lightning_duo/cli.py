@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import auto_cli
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lightning_duo.calibration import Calibration
     from lightning_duo.cost import Cost
@@ -285,7 +285,7 @@ def bench(
     import torch
     from rich.console import Console
 
-    from lightning_duo import throughput, zoo
+    from lightning_duo import throughput
     from lightning_duo.module import DuoModule
     from lightning_duo.timing import environment
 
@@ -297,33 +297,19 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    precision = getattr(torch, dtype)
-    models = [
-        _call(part, spec) if ":" in spec else zoo.build_sidekick(spec, classes, pretrained=False)
-        for part, spec in (("base", base), ("sidekick", sidekick))
-    ]
-    first, second = (model.eval().to(where, precision) for model in models)
-    size = (
-        _sizes(input_size) if input_size else None if ":" in base else zoo.input_size(base, first)
-    )
-    if size is None:
-        raise ValueError(
-            f"{base} does not state the size of its inputs; pass --input_size 3x224x224"
-        )
     if threads is not None:
         torch.set_num_threads(threads)
-    sample = torch.randn(1, *size, dtype=precision, device=where)
+    first, second, sample = _pair_to_measure(base, sidekick, input_size, classes, where, dtype)
     try:
         counted = throughput.costs(first, second, sample)
         limit = "as asked"
         if batch is None:
             duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
-            batch, limit = throughput.largest_batch(
-                duo, sample, seconds=None if where == "cuda" else 1.0
-            )
+            longest = None if where == "cuda" else 1.0
+            batch, limit = throughput.largest_batch(duo, sample, seconds=longest)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"{base} and {sidekick} cannot run a sample of {'x'.join(map(str, size))} in {dtype}: "
+            f"{base} and {sidekick} cannot run a sample of {_shape_text(sample)} in {dtype}: "
             f"{error}; pass another --input_size, or a sidekick behind a transform"
         ) from error
     console, started = Console(), Console(stderr=True)
@@ -340,10 +326,9 @@ def bench(
             say=status.update,
         )
     machine = environment(where)
+    title = f"{base} + {sidekick}, {_shape_text(sample)}, {dtype}"
     console.print(
-        throughput.throughput_table(
-            rows, f"{base} + {sidekick}, {'x'.join(map(str, size))}, {dtype}"
-        ),
+        throughput.throughput_table(rows, title),
         *throughput.overhead_text(rows, counted),
         f"Batch {batch}: {limit}. {machine['hardware']}, {machine['threads']} threads, PyTorch "
         f"{machine['torch']}; ratios: median and 20 % - 80 % of the turns.",
@@ -351,10 +336,38 @@ def bench(
         highlight=False,
     )
     if output is not None:
-        pair = {"base": base, "sidekick": sidekick, "input_size": list(size), "dtype": dtype}
+        size = list(sample.shape[1:])
+        pair = {"base": base, "sidekick": sidekick, "input_size": size, "dtype": dtype}
         lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
         Path(output).write_text("".join(lines))
         print(f"wrote {output}")
+
+
+def _pair_to_measure(
+    base: str, sidekick: str, input_size: str | None, classes: int, device: str, dtype: str
+) -> "tuple[nn.Module, nn.Module, Tensor]":
+    """Base and sidekick with random weights, and a sample of batch one."""
+    import torch
+
+    from lightning_duo import zoo
+
+    precision = getattr(torch, dtype)
+    first, second = (
+        _call(part, spec) if ":" in spec else zoo.build_sidekick(spec, classes, pretrained=False)
+        for part, spec in (("base", base), ("sidekick", sidekick))
+    )
+    stated = None if ":" in base else zoo.input_size(base, first)
+    size = _sizes(input_size) if input_size else stated
+    if size is None:
+        raise ValueError(
+            f"{base} does not state the size of its inputs; pass --input_size 3x224x224"
+        )
+    sample = torch.randn(1, *size, dtype=precision, device=device)
+    return first.eval().to(device, precision), second.eval().to(device, precision), sample
+
+
+def _shape_text(sample: "Tensor") -> str:
+    return "x".join(map(str, sample.shape[1:]))
 
 
 def _sizes(text: str) -> list[int]:

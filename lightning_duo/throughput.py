@@ -165,44 +165,68 @@ def measure_throughput(
 
     Returns:
         One row for each batch, method and reference (``base``, or ``base + sidekick`` for the duo):
-        those of `Timing.row` with ``batch``, ``images_per_s`` and what `environment` says.
+        those of `Timing.row` with ``batch``, ``images_per_s`` and what `environment` says. Of what
+        cannot be compiled or exported here, a row with ``batch``, ``method`` and the reason as
+        ``not_measured``.
 
     Raises:
-        RuntimeError: If a model cannot run the sample, or cannot be compiled or exported.
+        RuntimeError: If a model cannot run the sample.
 
     Source: Asymmetric Duos, Sec. 3.2 and App. B.
     """
     duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
-    models: dict[str, Callable[[Tensor], Any]] = {
+    eager: dict[str, Callable[[Tensor], Any]] = {
         "base": base,
         "sidekick": sidekick,
         "duo": duo,
         ENSEMBLE: Ensemble(base, copy.deepcopy(base)).eval(),
     }
-    eager = dict(models)
-    rows = []
-    with _exported(duo, sample, exported, say) as files, torch.inference_mode():
+    rows: list[dict[str, Any]] = []
+    with _exported(duo, sample, exported, say) as (files, not_exported), torch.inference_mode():
         for batch in batches:
-            if compiled:
-                torch._dynamo.reset()  # each batch has code of its own, as in a service
-                for name, model in eager.items():
-                    models[name + COMPILED] = torch.compile(model, dynamic=False)
-            models |= files
             inputs = torch.randn(batch, *sample.shape[1:], dtype=sample.dtype, device=sample.device)
-            for name, model in models.items():
-                say(f"batch {batch}: {name}")
-                model(inputs)
+            models, failed = dict(eager), dict(not_exported)
+            if compiled:
+                say(f"batch {batch}: compiling")
+                try:
+                    models |= _compiled(eager, inputs)
+                except Exception as error:  # of the compiler, or of the C++ compiler that it needs
+                    failed |= {name + COMPILED: _reason(error) for name in eager}
+            models |= files
+            say(f"batch {batch}: measuring")
             methods = {name: _call(model, inputs) for name, model in models.items()}
             timing = interleave(
                 methods, repeats=repeats, device=sample.device, budget=budget, overlap=False
             )
+            rows += [
+                {"batch": batch, "method": name, "not_measured": reason}
+                for name, reason in failed.items()
+            ]
             for name in models:
-                for reference in _references(name, compiled):
+                for reference in _references(name, "base" + COMPILED in models):
                     row = timing.row(name, *reference)
                     speed = 1e3 * batch / row["ms"]
                     rows.append({"batch": batch, **row, "images_per_s": speed})
     surroundings = environment(sample.device)
     return [{**row, **surroundings} for row in rows]
+
+
+def _compiled(
+    models: Mapping[str, Callable[[Tensor], Any]], inputs: Tensor
+) -> dict[str, Callable[[Tensor], Any]]:
+    """The models under torch.compile, warm, with code of their own for these inputs."""
+    torch._dynamo.reset()
+    found: dict[str, Callable[[Tensor], Any]] = {}
+    for name, model in models.items():
+        found[name + COMPILED] = torch.compile(model, dynamic=False)
+        found[name + COMPILED](inputs)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:200]}"
 
 
 def _call(model: Callable[[Tensor], Any], inputs: Tensor) -> Callable[[], Any]:
@@ -219,20 +243,27 @@ def _references(name: str, compiled: bool) -> list[tuple[str, ...]]:
 @contextmanager
 def _exported(
     duo: DuoModule, sample: Tensor, formats: Iterable[str], say: Callable[[str], None]
-) -> Iterator[Mapping[str, Callable[[Tensor], Any]]]:
-    """The duo read back from files, which last as long as this context."""
+) -> Iterator[tuple[dict[str, Callable[[Tensor], Any]], dict[str, str]]]:
+    """The duo read back from files that last as long as this context; and why others failed."""
     example = sample.expand(2, *sample.shape[1:]).contiguous()
     with TemporaryDirectory() as folder:
         found: dict[str, Callable[[Tensor], Any]] = {}
+        failed: dict[str, str] = {}
         for kind in formats:
             say(f"exporting: {kind}")
-            path = export_duo(duo, f"{folder}/{kind}.pt2", example, format=kind)  # type: ignore[arg-type]
-            found[EXPORTED[kind]] = (
-                torch._inductor.aoti_load_package(str(path))
-                if kind == "aoti"
-                else torch.export.load(path).module()
-            )
-        yield found
+            try:
+                path = export_duo(duo, f"{folder}/{kind}.pt2", example, format=kind)  # type: ignore[arg-type]
+                load = torch._inductor.aoti_load_package if kind == "aoti" else _load_program
+                loaded = load(str(path))
+                loaded(example)
+                found[EXPORTED[kind]] = loaded
+            except Exception as error:  # of torch.export, or of the compilers
+                failed[EXPORTED[kind]] = _reason(error)
+        yield found, failed
+
+
+def _load_program(path: str) -> nn.Module:
+    return torch.export.load(path).module()
 
 
 def costs(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any]:
@@ -281,6 +312,9 @@ def throughput_table(rows: Sequence[Mapping[str, Any]], title: str) -> "Table":
         cells = []
         for batch in batches:
             row = find(rows, name, batch=batch)
+            if "not_measured" in row:
+                cells += ["-", "not measured"]
+                continue
             cells += [f"{row['images_per_s' if batch > 1 else 'ms']:.4g}", ratio_text(row)]
         table.add_row(name, *cells)
     return table
@@ -295,6 +329,7 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
     """
     giga, mega = 1e-9, 1e-6
     batch = max(row["batch"] for row in rows)
+    failed = {row["method"]: row["not_measured"] for row in rows if "not_measured" in row}
     text = [
         f"FLOPs of one sample: base {giga * counted['flops_base']:.3g} G, "
         f"sidekick {giga * counted['flops_sidekick']:.3g} G (a multiply-add is two); "
@@ -316,8 +351,7 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
                 missing = f", without {skipped}" if skipped else ""
                 text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
     for mode, same in (("", ""), (COMPILED, COMPILED)):
-        names = {row["method"] for row in rows}
-        if "duo" + mode in names:
+        if any(row["method"] == "duo" + mode for row in rows) and "duo" + mode not in failed:
             of_base = find(rows, "duo" + mode, "base" + same, batch=batch)
             both = f"base{same} + sidekick{same}"
             of_both = find(rows, "duo" + mode, both, batch=batch)
@@ -327,7 +361,7 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
             )
     ensemble = find(rows, ENSEMBLE, batch=batch)
     text.append(f"An ensemble of two bases takes {ratio_text(ensemble)} times as long as one.")
-    return text
+    return [*text, *(f"{name}: not measured: {reason}" for name, reason in failed.items())]
 
 
 def find(

@@ -68,6 +68,35 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
     assert f"duo / (base + sidekick) {throughput.ratio_text(row)}" in text
 
 
+class Branching(nn.Module):
+    """Does one thing or another by its values, which torch.export refuses."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if float(x.sum()) < 1e9 else -self.inner(x)
+
+
+def test_what_cannot_be_exported_or_compiled_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    base, sidekick, sample = pair()
+    rows = measure_throughput(Branching(base), sidekick, sample, [2], repeats=3)
+    failed = {row["method"]: row["not_measured"] for row in rows if "not_measured" in row}
+    assert failed["duo, compiled"] == "RuntimeError: no C++ compiler"
+    assert {"duo, exported", "duo, AOTInductor", "base, compiled"} < set(failed)
+    measured = {(row["method"], row["reference"]) for row in rows if "ms" in row}
+    assert {("duo", "base"), ("duo", "base + sidekick"), ("2 bases", "base")} <= measured
+    text = throughput.overhead_text(rows, costs(base, sidekick, sample))
+    assert "duo, compiled: not measured: RuntimeError: no C++ compiler" in text
+    assert not any("Measured, compiled" in line for line in text)
+    assert throughput.throughput_table(rows, "").row_count == 10
+
+
 def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
     assert largest_batch(base, sample) == (128, "at most 128")
