@@ -4,15 +4,16 @@
 
 - fit_temperatures: ours; it also fits base and sidekick alone, the others only the duo.
 - published: grid and L-BFGS of the code published with the paper (float32; up to 8 * 10^6 logits).
-  Beyond 2 * 10^7 logits only scipy (torch L-BFGS on CUDA) is measured beside ours.
 - torch L-BFGS: with strong Wolfe line search, in float64.
 - scipy L-BFGS-B: on T >= 0 with analytic gradients, in float64 (CPU).
 - torch-uncertainty: its TemperatureScaler with its defaults; it fits one temperature, the base's.
 
+Beyond 2 * 10^7 logits only scipy (torch L-BFGS on CUDA) is measured beside ours.
+
 "excess" is the NLL (float64, in nats) above the lowest that any method found; for torch-uncertainty
 above that of the base at its best temperature. "passes" are reads of all logits. Memory is what a
 fit needs beyond the logits. The profile of some sizes says where the time goes: a fit of ours is
-two or three passes of ours, and a share for subsamples; a published one is 675 of its passes.
+one to three passes of ours, and a share for subsamples; a published one is 675 of its passes.
 """
 
 import logging

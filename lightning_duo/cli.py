@@ -356,8 +356,11 @@ def _pair_to_measure(
         _call(part, spec) if ":" in spec else zoo.build_sidekick(spec, classes, pretrained=False)
         for part, spec in (("base", base), ("sidekick", sidekick))
     )
-    stated = None if ":" in base else zoo.input_size(base, first)
-    size = _sizes(input_size) if input_size else stated
+    size: tuple[int, ...] | None = None
+    if input_size:
+        size = tuple(_sizes(input_size))
+    elif ":" not in base:
+        size = zoo.input_size(base, first)
     if size is None:
         raise ValueError(
             f"{base} does not state the size of its inputs; pass --input_size 3x224x224"

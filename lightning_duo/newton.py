@@ -13,15 +13,17 @@ from lightning_duo_kernels.nll import NllSums
 
 MAX_PASSES = 12
 RIDGE = 1e-6  # keeps the Newton system regular when the two models agree; not in the objective
-TINY = 1e-30
+FLAT = 1e-30  # a curvature that is none
 # Lengths of a step to try in one pass, in Newton steps, and the range of gained over promised in
 # which the next step is tried alone: from T = 0, and from the optimum of a subsample.
 _Trials: TypeAlias = tuple[tuple[float, ...], tuple[float, float]]
 FROM_ZERO: _Trials = ((8.0, 2.0, 1.0, 0.5, 0.25, 0.0625), (0.8, 1.2))
 FROM_NEAR: _Trials = ((4.0, 1.0, 0.25), (0.2, 4.0))
-# A Newton step is off by this part of itself at least, times the square root of its gain.
+# Chosen over 90 made-up sets of logits, so that none ended further from its optimum than estimated:
+# a Newton step is off by at least ROUGHNESS * sqrt(its gain) of itself, and third derivatives of a
+# subsample by this part of themselves.
 ROUGHNESS = 3.0
-SAMPLED = 0.25  # part by which third derivatives of a subsample are off
+SAMPLED = 0.25
 
 Pair: TypeAlias = tuple[float, float]
 """Of base and sidekick."""
@@ -52,7 +54,10 @@ class Optimum(NamedTuple):
 
 
 class Quadratic(NamedTuple):
-    """NLL per sample around a point, in units in which each model's logits have variance 1."""
+    """NLL per sample around a point, in units in which each model's logits have variance 1.
+
+    ``unsure`` is the number of samples whose target has a probability of at most 1/2.
+    """
 
     value: float
     gradient: Pair
@@ -77,12 +82,11 @@ class Quadratic(NamedTuple):
     def box_step(self, at: Pair, ridge: float) -> tuple[float, Pair]:
         """Gain and exact minimiser of the quadratic over steps that keep ``at`` >= 0.
 
-        ``ridge`` is relative to the curvature; in proportion to the number of models, two equal
-        models take together the step that one would take alone.
+        ``ridge`` is relative to each model's own curvature, which can be far apart; in proportion
+        to the number of models, two equal models take together the step that one would take alone.
         """
         (g0, g1), (h00, h01, h11) = self.gradient, self.hessian
-        damping = ridge * max(h00, h11, TINY)
-        h00, h11 = h00 + damping, h11 + damping
+        h00, h11 = h00 + ridge * max(h00, FLAT), h11 + ridge * max(h11, FLAT)
         det = h00 * h11 - h01 * h01
         u0, u1 = at
         candidates = [
@@ -114,13 +118,13 @@ class Quadratic(NamedTuple):
         gradient = self.gradient[0] + bend[0], self.gradient[1] + bend[1]
         _, bent = self._replace(gradient=gradient).box_step(at, ridge)
         moved = bent[0] - step[0], bent[1] - step[1]
-        off = math.sqrt(max(_product(self.hessian, moved, moved), 0.0) / (2 * gain))
-        off = max(off, roughness * math.sqrt(gain))
+        further = max(_product(self.hessian, moved, moved), 0.0) / 2
+        off = max(math.sqrt(further / gain), roughness * math.sqrt(gain))
         if off > 0.5 or unknown > 1:
             return gain, step, gain
         cubic = (bend[0] * step[0] + bend[1] * step[1]) / 3
         left = off * max(off, unknown)  # of the step
-        return gain - cubic, bent, gain * left * left
+        return gain - cubic + further, bent, gain * left * left
 
 
 class Chord(NamedTuple):
@@ -171,8 +175,8 @@ def search(
         count: Number of samples.
         models: Which of (base, sidekick) may have a temperature above 0.
         start: Optimum of a subsample to start from, if there is one.
-        tolerance: NLL above the lowest; a step that is estimated to come closer is the last, and
-            taken without being evaluated.
+        tolerance: NLL above the lowest; a step that is estimated to come closer, from a point that
+            was no failure, is the last, and taken without being evaluated.
         rounding: Relative difference of two losses that is none.
     """
     scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
@@ -215,7 +219,8 @@ def search(
         best = min(range(len(found)), key=lambda i: found[i].value)
         gained = here.value - found[best].value
         if gained < -rounding * here.value:
-            shrink, trusted = shrink if trusted else shrink * tried[-1] / 2, False
+            shrink = shrink if lengths == (1.0,) else shrink * tried[-1] / 2
+            trusted = False
         else:
             trusted = lengths[best] == 1 and trust[0] * gain <= gained <= trust[1] * gain
             step = trials[best][0] - at[0], trials[best][1] - at[1]

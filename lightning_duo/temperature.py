@@ -50,7 +50,7 @@ class _Precision(NamedTuple):
 
 
 _DOUBLE = _Precision(torch.float64, tolerance=1e-16, equal=1e-10, rounding=1e-12)
-_SINGLE = _Precision(torch.float32, tolerance=1e-7, equal=1e-5, rounding=1e-7)
+_SINGLE = _Precision(torch.float32, tolerance=1e-7, equal=1e-6, rounding=1e-7)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TemperatureFit:
     """Optimum of the duo."""
     nll: float
     """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``. It is what the
-    last Newton step foresees, exact to about 1e-11, or a few 1e-6 where it computes in float32."""
+    last Newton step foresees, exact to about 1e-11, or 1e-6 where it computes in float32."""
     scaled_base: Temperatures
     """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
     nll_base: float
@@ -105,11 +105,11 @@ def fit_temperatures(
     temperature 0, two equal models share the weight, a model with constant logits gets 0. Rows may
     mask classes with ``-inf`` if both models mask the same ones.
 
-    Most of the way is found on a few rows; all of them are then read two or three times, in chunks,
-    so the extra memory is a few tens of MB whatever the number of samples. Arithmetic is in float64
-    for float64 logits, on CUDA, and for up to a million logits (2^20 a model); else in float32,
-    with sums over samples in float64: the NLL of the temperatures is then within 1e-7 of the
-    lowest, and reported to a few 1e-6.
+    Most of the way is found on a few rows; all of them are then read once to three times in most
+    cases, in chunks: the extra memory is a few tens of MB whatever the number of samples.
+    Arithmetic is in float64 for float64 logits, on CUDA, and for up to a million logits (2^20 a
+    model); else in float32, with sums over samples in float64: the NLL of the temperatures is then
+    within about 1e-7 of the lowest, and reported to about 1e-6.
 
     Args:
         base_logits: Logits of the base, shape (N, K), any floating dtype.
@@ -148,7 +148,7 @@ def fit_temperatures(
     # more replaces it; else the two are equal (say, collinear models) and so reported.
     alone = min(base, sidekick, key=lambda optimum: optimum.nll)
     if alone.nll < duo.nll - precision.equal:
-        duo = alone
+        duo = alone._replace(status=duo.status)
     return TemperatureFit(
         Temperatures(*duo.temperatures),
         duo.nll,
@@ -212,7 +212,7 @@ def _fit(data: _Data) -> tuple[dict[str, Optimum], int]:
     """Find the optima on ever more rows, the last time on all; also how often these were read."""
     most = max(1.0, data.count / FEWEST_ROWS)
     levels = math.ceil(math.log(most, SHRINK))
-    strides = [max(1, int(most ** (level / max(1, levels)))) for level in range(levels + 1)]
+    strides = sorted({int(most ** (level / max(1, levels))) for level in range(levels + 1)})
     optima: dict[str, Optimum] = {}
     passes = 0
     for stride in reversed(strides):

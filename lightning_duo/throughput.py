@@ -1,7 +1,7 @@
 """What a duo costs beside its base alone, measured: throughput, latency, overhead."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -171,9 +171,13 @@ def measure_throughput(
 
     Raises:
         RuntimeError: If a model cannot run the sample.
+        ValueError: If a format is none of those.
 
     Source: Asymmetric Duos, Sec. 3.2 and App. B.
     """
+    exported = tuple(exported)
+    if unknown := set(exported) - set(EXPORTED):
+        raise ValueError(f"exported formats to measure are {set(EXPORTED)}, got {unknown}")
     duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
     eager: dict[str, Callable[[Tensor], Any]] = {
         "base": base,
@@ -188,10 +192,8 @@ def measure_throughput(
             models, failed = dict(eager), dict(not_exported)
             if compiled:
                 say(f"batch {batch}: compiling")
-                try:
-                    models |= _compiled(eager, inputs)
-                except Exception as error:  # of the compiler, or of the C++ compiler that it needs
-                    failed |= {name + COMPILED: _reason(error) for name in eager}
+                faster, not_compiled = _compiled(eager, inputs)
+                models, failed = models | faster, failed | not_compiled
             models |= files
             say(f"batch {batch}: measuring")
             methods = {name: _call(model, inputs) for name, model in models.items()}
@@ -203,7 +205,7 @@ def measure_throughput(
                 for name, reason in failed.items()
             ]
             for name in models:
-                for reference in _references(name, "base" + COMPILED in models):
+                for reference in _references(name, models):
                     row = timing.row(name, *reference)
                     speed = 1e3 * batch / row["ms"]
                     rows.append({"batch": batch, **row, "images_per_s": speed})
@@ -213,14 +215,19 @@ def measure_throughput(
 
 def _compiled(
     models: Mapping[str, Callable[[Tensor], Any]], inputs: Tensor
-) -> dict[str, Callable[[Tensor], Any]]:
-    """The models under torch.compile, warm, with code of their own for these inputs."""
+) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, str]]:
+    """The models under torch.compile, warm, with code for these inputs; and why others failed."""
     torch._dynamo.reset()
     found: dict[str, Callable[[Tensor], Any]] = {}
+    failed: dict[str, str] = {}
     for name, model in models.items():
-        found[name + COMPILED] = torch.compile(model, dynamic=False)
-        found[name + COMPILED](inputs)
-    return found
+        try:
+            made = torch.compile(model, dynamic=False)
+            made(inputs)
+            found[name + COMPILED] = made
+        except Exception as error:  # of the compiler, or of the C++ compiler that it needs
+            failed[name + COMPILED] = _reason(error)
+    return found, failed
 
 
 def _reason(error: Exception) -> str:
@@ -233,11 +240,17 @@ def _call(model: Callable[[Tensor], Any], inputs: Tensor) -> Callable[[], Any]:
     return lambda: model(inputs)
 
 
-def _references(name: str, compiled: bool) -> list[tuple[str, ...]]:
-    """What a method's time is compared with: the base run in the same way, and for duos both."""
-    same = COMPILED if name.endswith(COMPILED) or (compiled and name == EXPORTED["aoti"]) else ""
-    parts = [("base" + same, "sidekick" + same)] if name.startswith("duo") else []
-    return [("base" + same,), *parts]
+def _references(name: str, measured: Container[str]) -> list[tuple[str, ...]]:
+    """What a method's time is compared with: the base run in the same way, and for duos both.
+
+    Where those could not be compiled, it is the base as it is.
+    """
+    same = COMPILED if name.endswith(COMPILED) or name == EXPORTED["aoti"] else ""
+    base, both = ("base" + same,), ("base" + same, "sidekick" + same)
+    if base[0] not in measured:
+        base, both = ("base",), ("base", "sidekick")
+    is_duo = name.startswith("duo") and all(part in measured for part in both)
+    return [base, both] if is_duo else [base]
 
 
 @contextmanager
@@ -351,7 +364,8 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
                 missing = f", without {skipped}" if skipped else ""
                 text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
     for mode, same in (("", ""), (COMPILED, COMPILED)):
-        if any(row["method"] == "duo" + mode for row in rows) and "duo" + mode not in failed:
+        parts = {name + mode for name in ("base", "sidekick", "duo")}
+        if parts <= {row["method"] for row in rows} - set(failed):
             of_base = find(rows, "duo" + mode, "base" + same, batch=batch)
             both = f"base{same} + sidekick{same}"
             of_both = find(rows, "duo" + mode, both, batch=batch)

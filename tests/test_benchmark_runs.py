@@ -9,7 +9,6 @@ from pathlib import Path
 import bench_cofinetune
 import numpy as np
 import pytest
-import render
 import run_all
 import throughput as pairs
 import torch
@@ -62,7 +61,6 @@ def test_co_training_is_compared_with_both_alone(
 def test_bookkeeping_is_a_part_of_a_step() -> None:
     row = bench_cofinetune.bookkeeping(4, 9)
     assert (row["method"], row["reference"], row["readings"]) == ("bookkeeping", "base's step", 3)
-    assert row["ratio"] < 1
 
 
 def test_throughput_is_set_against_flops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +149,3 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(
         run_all.main()
     assert (tmp_path / "ran").read_text() == "--quick --output out --threads 1"
     assert os.path.exists(tmp_path / "out" / "summary.md")
-    assert render.load(tmp_path / "out", "head") == []

@@ -7,8 +7,9 @@ import torch
 from helpers import make_logits
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lightning_duo.newton import Chord, Quadratic, search
+from lightning_duo.newton import Chord, Models, Optimum, Quadratic, search
 from lightning_duo_kernels.nll import NllSums, Point, nll_sums
 
 Numbers = st.floats(-2, 2)
@@ -53,23 +54,38 @@ def test_a_chord_of_another_part_of_the_space_is_not_used() -> None:
     assert excess < 1e-3 * gain
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_an_excess_is_not_underestimated(seed: int) -> None:
-    base, sidekick, targets = make_logits(2000, 20, seed)
+def heavy_tailed(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A base whose samples are scaled very differently, and a sidekick of another scale."""
+    base, sidekick, targets = make_logits(count, 10, seed, margin=3.0)
+    scale = torch.randn(count, 1, generator=torch.Generator().manual_seed(seed)).exp()
+    return base * scale, 30 * sidekick, targets
 
-    def sums(asked: list[tuple[float, float]]) -> list[NllSums]:
-        points = [Point(t, (True, True)) for t in asked]
-        return [NllSums(*row) for row in nll_sums(base, sidekick, targets, points).tolist()]
 
-    def found(tolerance: float) -> float:
-        steps = search(2000, (True, True), None, tolerance, 1e-12)
+@pytest.mark.parametrize("models", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_excess_is_well_estimated(models: Models, heavy: bool, seed: int) -> None:
+    data = heavy_tailed(seed, 2000) if heavy else make_logits(2000, 20, seed)
+
+    def found(tolerance: float, stride: int = 1, start: Optimum | None = None) -> Optimum:
+        part = [x[::stride] for x in data]
+        steps = search(len(part[0]), models, start, tolerance, 1e-12)
         asked = next(steps)
         while True:
+            points = [Point(t, models) for t in asked]
             try:
-                asked = steps.send(sums(asked))
+                asked = steps.send([NllSums(*row) for row in nll_sums(*part, points).tolist()])
             except StopIteration as end:
-                return sums([end.value.temperatures])[0].loss / 2000
+                return end.value
 
-    best = found(1e-18)
+    def loss(optimum: Optimum) -> float:
+        point = Point(optimum.temperatures, models)
+        return float(nll_sums(*data, [point])[0, 0]) / 2000
+
+    best = loss(found(1e-20))
+    start = found(1e-3, stride=7)
     for tolerance in (1e-3, 1e-5, 1e-7, 1e-9, 1e-11):
-        assert best - 1e-15 <= found(tolerance) <= best + tolerance
+        for begin in (None, start):
+            optimum = found(tolerance, start=begin)
+            assert optimum.status == "converged"
+            assert best - 1e-14 <= loss(optimum) <= best + 2 * tolerance
