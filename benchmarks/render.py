@@ -166,6 +166,7 @@ def summarize(folder: Path) -> Path:
     text = ["# Benchmarks: summary", "", *targets(folder), ""]
     for name in NAMES:
         text += section(folder, name, None)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.md"
     path.write_text("\n".join(text))
     return path

@@ -112,7 +112,9 @@ def growth(name: str, asked: Options) -> Iterator[Row]:
         for batch in sizes:
             inputs = torch.randn(batch, 3, PIXELS, PIXELS, device=asked.device)
             methods = {key: partial(model, inputs) for key, model in models.items()}
-            timing = interleave(methods, repeats=asked.repeats, device=asked.device, budget=10)
+            timing = interleave(
+                methods, repeats=asked.repeats, device=asked.device, budget=3 if asked.quick else 10
+            )
             for key, method in methods.items():
                 peak = peak_memory(method, asked.device)
                 row = {"part": "growth", "pair": name, "batch": batch, **timing.row(key, "base")}

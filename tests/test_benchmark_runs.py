@@ -77,7 +77,8 @@ def test_throughput_is_set_against_flops(tmp_path: Path, monkeypatch: pytest.Mon
     singles = [row for row in rows if row["method"] == "single"]
     logs = [np.log([row[f"relative_{x}"] for row in singles]) for x in ("flops", "throughput")]
     assert pairs.determination(rows, "single") == pytest.approx(np.corrcoef(*logs)[0, 1] ** 2)
-    machine = {"hardware": "-", "device": "cpu", "threads": 1, "cores": 1, "torch": "-"}
+    machine = {"hardware": "-", "device": "cpu", "threads": 1, "cores": 1}
+    machine |= {"torch": "-", "triton": "-", "python": "-"}
     pairs.draw([{**row, **machine} for row in rows], tmp_path / "figure8.png")
     with Image.open(tmp_path / "figure8.png") as image:
         assert image.size[0] > 1000
@@ -114,7 +115,6 @@ def test_the_gain_is_that_of_the_demos_models(
         "2 bases, mean": 2,
     }
     assert rows["scaled base"]["nll_change"] == 0
-    assert rows["scaled base"]["accuracy"] == rows["base"]["accuracy"]
     for row in rows.values():
         assert row["nll_change"] == pytest.approx(row["nll"] / rows["scaled base"]["nll"] - 1)
 
