@@ -147,5 +147,5 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--quick", "--output", "out"])
     with pytest.raises(SystemExit, match="failed: head; see above"):
         run_all.main()
-    assert (tmp_path / "ran").read_text() == "--quick --output out --threads 1"
+    assert (tmp_path / "ran").read_text() == "--quick --device cpu --output out --threads 1"
     assert os.path.exists(tmp_path / "out" / "summary.md")
