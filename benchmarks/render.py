@@ -96,6 +96,9 @@ def targets(folder: Path) -> list[str]:
             value = row[target.column]
             text = ratio_cell(row) if target.column == "ratio" else f"{value:.1e}"
             verdict = "yes" if target.holds(value) else "**no**"
+            ends = [row.get(f"{target.column}_{end}", value) for end in (20, 80)]
+            if len({target.holds(end) for end in ends}) > 1:
+                verdict += ", within the spread"
             lines.append([target.what, case, text, target.wanted, verdict])
         if not found:
             lines.append([target.what, "", "not measured", target.wanted, ""])

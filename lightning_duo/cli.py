@@ -312,7 +312,9 @@ def bench(
             f"{base} and {sidekick} cannot run a sample of {_shape_text(sample)} in {dtype}: "
             f"{error}; pass another --input_size, or a sidekick behind a transform"
         ) from error
-    console, started = Console(), Console(stderr=True)
+    # A file or a pipe has no width of its own, and digits must not be cut.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    started = Console(stderr=True)
     with started.status("measuring") as status:
         rows = throughput.measure_throughput(
             first,

@@ -200,15 +200,15 @@ def measure_throughput(
             timing = interleave(
                 methods, repeats=repeats, device=sample.device, budget=budget, overlap=False
             )
-            rows += [
-                {"batch": batch, "method": name, "not_measured": reason}
-                for name, reason in failed.items()
-            ]
             for name in models:
                 for reference in _references(name, models):
                     row = timing.row(name, *reference)
                     speed = 1e3 * batch / row["ms"]
                     rows.append({"batch": batch, **row, "images_per_s": speed})
+            rows += [
+                {"batch": batch, "method": name, "not_measured": reason}
+                for name, reason in failed.items()
+            ]
     surroundings = environment(sample.device)
     return [{**row, **surroundings} for row in rows]
 
