@@ -136,12 +136,13 @@ def fit_temperatures(
     """
     reduce = reduce or (lambda sums: sums)
     _check_shapes(base_logits, sidekick_logits, targets)
-    count, masked = check_samples(base_logits, sidekick_logits, targets, reduce)
+    logits = base_logits, sidekick_logits
+    count, masked, largest = check_samples(*logits, targets, reduce)
     double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(
-        base_logits, sidekick_logits, reduce
+        *logits, largest, reduce
     )
     precision = _DOUBLE if double else _SINGLE
-    data = _Data(base_logits, sidekick_logits, targets, count, masked, precision, reduce)
+    data = _Data(*logits, targets, count, masked, precision, reduce)
     optima, passes = _fit(data)
     duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
     # Each search stops a little above its optimum. A model alone that is better than the duo by
@@ -161,20 +162,20 @@ def fit_temperatures(
     )
 
 
-def _needs_double(base: Tensor, sidekick: Tensor, reduce: Callable[[Tensor], Tensor]) -> bool:
+def _needs_double(
+    base: Tensor, sidekick: Tensor, largest: float, reduce: Callable[[Tensor], Tensor]
+) -> bool:
     """Whether float32 is not for these logits; all processes decide alike, or they would part."""
     here = base.is_cuda or torch.float64 in (base.dtype, sidekick.dtype)
-    here = here or _largest(base) > WIDE or _largest(sidekick) > WIDE
+    if not here and math.isinf(largest):
+        largest = max(_largest(logits.nan_to_num(neginf=0.0)) for logits in (base, sidekick))
+    here = here or largest > WIDE
     return bool(reduce(torch.tensor([float(here)], dtype=torch.float64, device=base.device)) > 0)
 
 
 def _largest(logits: Tensor) -> float:
-    """Largest absolute value, masked classes aside."""
-    if not logits.numel():
-        return 0.0
-    low, high = logits.aminmax()
-    if low == -torch.inf:
-        low = logits.nan_to_num(neginf=0.0).amin()
+    """Largest absolute value; 0 if there is none, infinite if a class is masked."""
+    low, high = logits.aminmax() if logits.numel() else (0.0, 0.0)
     return max(-float(low), float(high))
 
 
@@ -281,13 +282,24 @@ def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         )
 
 
+class Samples(NamedTuple):
+    """What `check_samples` saw."""
+
+    number: int
+    """Samples of all processes."""
+    masked: bool
+    """Whether any class of any sample is masked, in any process."""
+    largest: float
+    """Largest absolute value of this process's logits; infinite if a class is masked."""
+
+
 def check_samples(
     base: Tensor,
     sidekick: Tensor,
     targets: Tensor,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> tuple[int, bool]:
-    """Count the samples of all processes, and say whether any class is masked.
+) -> Samples:
+    """Look at the samples of all processes, and refuse those that no temperatures can be for.
 
     Args:
         base: Logits of the base, shape (N, K).
@@ -303,7 +315,8 @@ def check_samples(
     classes = base.shape[1]
     in_range = (targets >= 0) & (targets < classes)
     target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
-    if all(_is_finite(logits) for logits in (base, sidekick)):
+    extents = [_largest(logits) for logits in (base, sidekick)]
+    if all(map(math.isfinite, extents)):
         base, sidekick = base[:, :0], sidekick[:, :0]  # nothing to find; looking takes much longer
     masked, masked_sidekick = base == -torch.inf, sidekick == -torch.inf
     problems = {
@@ -323,8 +336,4 @@ def check_samples(
             raise ValueError(f"{number} of {count} samples have {problem} ({where})")
     if not count:
         raise ValueError("a duo needs at least one sample to fit or measure, got none")
-    return count, masks > 0
-
-
-def _is_finite(logits: Tensor) -> bool:
-    return logits.numel() > 0 and bool(torch.stack(logits.aminmax()).isfinite().all())
+    return Samples(count, masks > 0, max(extents))

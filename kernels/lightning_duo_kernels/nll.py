@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 21  # of one model's logits that are worked on at a time: they stay in the cache
+ALIGNED = 16  # matrices begin at multiples of so many numbers; else dot products take far longer
 LOG_2 = math.log(2.0)
-TINY = 1e-30  # a target's probability below which float32 begins to lose it
+TINY = 1e-20  # a sum of 2^z below which float32 begins to lose its largest terms
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -84,9 +85,11 @@ def nll_sums(
 
             at = [point.temperatures for point in points]
             return launch_nll(base, sidekick, targets, at)
-    return _in_chunks(base, sidekick, targets, points, masked, dtype)
+    # A copy, as what is made in inference mode must not be written to outside of it.
+    return _in_chunks(base, sidekick, targets, points, masked, dtype).clone()
 
 
+@torch.inference_mode()  # which views and small operations are quicker in
 def _in_chunks(
     base: Tensor,
     sidekick: Tensor,
@@ -95,38 +98,40 @@ def _in_chunks(
     masked: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    shape = len(points), len(NllSums._fields)
-    total = torch.zeros(shape, dtype=torch.float64, device=base.device)
     t = torch.tensor([point.temperatures for point in points], dtype=dtype, device=base.device)
-    groups = _neighbours(points)
-    most = max(group.stop - group.start for group, _ in groups)
+    t = t / LOG_2  # exp2 takes half as long as exp, and a third as long as softmax
+    runs = [(t[run, :, None, None].unbind(1), models) for run, models in _neighbours(points)]
+    most = max(len(at[0]) for at, _ in runs)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * base.shape[1] * most))
-    rows = max(1, min(rows, len(targets)))
+    step = ALIGNED // math.gcd(ALIGNED, base.shape[1])
+    rows = -(-max(1, min(rows, len(targets))) // step) * step
     # Written over by each chunk: fresh memory would cost as much as the arithmetic.
     room = torch.empty(2 * most + 2, rows, base.shape[1], dtype=dtype, device=base.device)
+    sums = torch.zeros(len(NllSums._fields), len(points), dtype=torch.float64, device=base.device)
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
         y = targets[chunk, None].long()
         here = room[:, : len(y)]
-        a = _relative(base[chunk].to(dtype), y, here[0])
-        b = _relative(sidekick[chunk].to(dtype), y, here[1])
+        relative, free = here[:2], here[2:]
+        a, b = relative.unbind()
+        for logits, out in ((base, a), (sidekick, b)):
+            x = logits[chunk].to(dtype)
+            torch.sub(x, x.amax(dim=1, keepdim=True), out=out)
         hidden = a == -torch.inf if masked else None
         if hidden is not None:
-            a, b = a.masked_fill_(hidden, 0.0), b.masked_fill_(hidden, 0.0)
-        of_rows, of_squares = _moments(a, b, y, t, groups, hidden, here[2:])
-        loss = _losses(of_rows[0], of_rows[1], a, b, t, hidden)
-        means = of_rows[2:].double() / of_rows[0].double()
-        total[:, 0] += loss.sum(dim=1)
-        total[:, 1:3] += means.sum(dim=2).T
-        products = torch.stack([means[0] * means[0], means[0] * means[1], means[1] * means[1]])
-        total[:, 3:6] += (of_squares.double() - products.sum(dim=2)).T
-        total[:, 6] += (loss >= LOG_2).sum(dim=1)
-    return total
-
-
-def _relative(logits: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """Logits less that of the target: its own are 0, so loss = log sum exp."""
-    return torch.sub(logits, logits.gather(1, y), out=out)
+            relative.masked_fill_(hidden, 0.0)
+        found = [_moments(a, b, y, *run, hidden, free) for run in runs]
+        of_rows = torch.cat([of_run for of_run, _ in found], dim=1).double()
+        dots = torch.stack([dot for _, dots in found for dot in dots]).view(-1, 3).T
+        loss = LOG_2 * (of_rows[0].log2() - of_rows[1])
+        means = of_rows[2:]
+        mean, other = means.unbind()
+        products = torch.stack([mean * mean, mean * other, other * other])
+        second = dots.double() - products.sum(dim=2)
+        means -= relative.gather(2, y.expand(2, -1, 1)).view(2, 1, -1)
+        unsure = (loss >= LOG_2).sum(dim=1)
+        sums += torch.cat([loss.sum(dim=1)[None], means.sum(dim=2), second, unsure[None]])
+    return sums.T
 
 
 def _neighbours(points: Sequence[Point]) -> list[tuple[slice, tuple[bool, bool]]]:
@@ -140,72 +145,59 @@ def _moments(
     a: Tensor,
     b: Tensor,
     y: Tensor,
-    t: Tensor,
-    groups: list[tuple[slice, tuple[bool, bool]]],
+    t: Sequence[Tensor],
+    models: tuple[bool, bool],
     hidden: Tensor | None,
-    room: Tensor,
-) -> tuple[Tensor, Tensor]:
+    free: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
     """All that takes a look at every logit of a chunk, in as few operations as can be.
 
     Args:
-        a: Logits of the base relative to the target's, shape (rows, K).
+        a: Logits of the base less the largest of their row, shape (rows, K), 0 where masked.
         b: Those of the sidekick.
         y: Targets, shape (rows, 1).
-        t: Temperatures of the points, shape (points, 2).
-        groups: Of `_neighbours`.
+        t: Temperatures for base and sidekick over log 2, each of shape (points, 1, 1).
+        models: Which of the two take part; the sums of the other are 0.
         hidden: Which logits are masked, shape (rows, K), if any is.
-        room: Two matrices of shape (rows, K) for each point of the longest run, to work in.
+        free: Two matrices of shape (rows, K) or more for each point, to work in.
 
     Returns:
-        For each row the sum of p, p of the target, sum of p * a and of p * b, shape
-        (4, points, rows); and sums over the rows of E[aa], E[ab], E[bb], shape (3, points).
+        With z = t * a + t * b, less its largest in a row if need be: for each row the sum of 2^z,
+        z of the target, E[a] and E[b], shape (4, points, rows); and for each point in turn the sums
+        over the rows of E[aa], E[ab], E[bb].
     """
-    of_rows = a.new_zeros(4, len(t), len(a))
-    of_squares = a.new_zeros(3, len(t))
-    flat_a, flat_b = a.flatten(), b.flatten()
-    for run, (use_base, use_sidekick) in groups:
-        sums, squares = of_rows[:, run], of_squares[:, run]
-        t_base, t_sidekick = t[run].T[:, :, None, None]
-        z, p = room[: 2 * len(t_base)].chunk(2)
-        torch.mul(*((a, t_base) if use_base else (b, t_sidekick)), out=z)
-        if use_base and use_sidekick:
-            z.addcmul_(b, t_sidekick)
-        if hidden is not None:
-            z.masked_fill_(hidden, -torch.inf)
-        torch.softmax(z, dim=2, out=p)
-        torch.sum(p, dim=2, out=sums[0])
-        torch.gather(p, 2, y.expand(len(p), -1, 1), out=sums[1, :, :, None])
-        if use_base:
-            pa = torch.mul(p, a, out=z)
-            torch.sum(pa, dim=2, out=sums[2])
-            _dots(pa.flatten(1), flat_a, squares[0])
-        if use_sidekick:
-            pb = p.mul_(b)
-            torch.sum(pb, dim=2, out=sums[3])
-            _dots(pb.flatten(1), flat_b, squares[2])
-        if use_base and use_sidekick:
-            _dots(pb.flatten(1), flat_a, squares[1])
-    return of_rows, of_squares
+    use_base, use_sidekick = models
+    points = len(t[0])
+    p, px = free[:points], free[points : 2 * points]
+    z = torch.mul(a, t[0], out=px) if use_base else torch.mul(b, t[1], out=px)
+    if use_base and use_sidekick:
+        z.addcmul_(b, t[1])
+    if hidden is not None:
+        z.masked_fill_(hidden, -torch.inf)
+    total = torch.exp2(z, out=p).sum(dim=2)
+    if total.amin() < TINY:  # the models disagree: no class is near the largest of both
+        z.sub_(z.amax(dim=2, keepdim=True))
+        total = torch.exp2(z, out=p).sum(dim=2)
+    of_target = z.gather(2, y.expand(points, -1, 1)).squeeze(2)
+    p.mul_(total.reciprocal()[:, :, None])
+    none = torch.zeros_like(total)
+    of_rows = [total, of_target, none, none]
+    dots = [[none[0, 0]] * 3 for _ in range(points)]
+    if use_base:
+        torch.mul(p, a, out=px)
+        of_rows[2] = px.sum(dim=2)
+        _dots(px, a, dots, 0)
+    if use_base and use_sidekick:
+        _dots(px, b, dots, 1)
+    if use_sidekick:
+        p.mul_(b)
+        of_rows[3] = p.sum(dim=2)
+        _dots(p, b, dots, 2)
+    return torch.stack(of_rows), [dot for of_point in dots for dot in of_point]
 
 
-def _dots(rows: Tensor, vector: Tensor, out: Tensor) -> None:
-    """Each row times the vector: one by one, as a product with a matrix keeps to one thread."""
-    for i in range(len(rows)):
-        torch.dot(rows[i], vector, out=out[i])
-
-
-def _losses(
-    total: Tensor, target: Tensor, a: Tensor, b: Tensor, t: Tensor, hidden: Tensor | None
-) -> Tensor:
-    """-log p of the target, shape (points, rows), float64; see `_moments`.
-
-    Over many classes PyTorch's softmax in float32 adds up to a little more or less than 1.
-    """
-    loss = (total.double() / target.double()).log()
-    i, row = (target < TINY).nonzero(as_tuple=True)
-    if len(i):
-        z = t[i, :1] * a[row] + t[i, 1:] * b[row]
-        if hidden is not None:
-            z = z.masked_fill_(hidden[row], -torch.inf)
-        loss[i, row] = z.double().logsumexp(dim=1)
-    return loss
+def _dots(matrices: Tensor, other: Tensor, dots: list[list[Tensor]], place: int) -> None:
+    """Sums of products with another matrix, one by one: a matrix product keeps to one thread."""
+    vector = other.flatten()
+    for row, found in zip(matrices.flatten(1).unbind(), dots, strict=True):
+        found[place] = torch.dot(row, vector)
