@@ -300,22 +300,16 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     first, second, sample = _pair_to_measure(base, sidekick, input_size, classes, where, dtype)
-    try:
-        counted = throughput.costs(first, second, sample)
-        limit = "as asked"
-        if batch is None:
-            duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
-            longest = None if where == "cuda" else 1.0
-            batch, limit = throughput.largest_batch(duo, sample, seconds=longest)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"{base} and {sidekick} cannot run a sample of {_shape_text(sample)} in {dtype}: "
-            f"{error}; pass another --input_size, or a sidekick behind a transform"
-        ) from error
+    counted = throughput.costs(first, second, sample)
+    limit = "as asked"
+    if batch is None:
+        duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
+        longest = None if where == "cuda" else 1.0
+        batch, limit = throughput.largest_batch(duo, sample, seconds=longest)
     # A file or a pipe has no width of its own, and digits must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    started = Console(stderr=True)
-    with started.status("measuring") as status:
+    progress = Console(stderr=True)
+    with progress.status("measuring") as status:
         rows = throughput.measure_throughput(
             first,
             second,
@@ -325,7 +319,7 @@ def bench(
             exported=("program", "aoti") if compiled else ("program",),
             repeats=repeats,
             budget=60,
-            say=status.update,
+            say=status.update if progress.is_terminal else progress.print,
         )
     machine = environment(where)
     title = f"{base} + {sidekick}, {_shape_text(sample)}, {dtype}"
@@ -368,7 +362,17 @@ def _pair_to_measure(
             f"{base} does not state the size of its inputs; pass --input_size 3x224x224"
         )
     sample = torch.randn(1, *size, dtype=precision, device=device)
-    return first.eval().to(device, precision), second.eval().to(device, precision), sample
+    first, second = (model.eval().to(device, precision) for model in (first, second))
+    for part, spec, model in (("base", base, first), ("sidekick", sidekick, second)):
+        try:
+            with torch.inference_mode():
+                model(sample)
+        except Exception as error:  # whatever a model may raise
+            raise ValueError(
+                f"the {part} {spec} cannot run a sample of {_shape_text(sample)} in {dtype}: "
+                f"{error}; pass another --input_size, or a sidekick behind a transform"
+            ) from error
+    return first, second, sample
 
 
 def _shape_text(sample: "Tensor") -> str:

@@ -340,34 +340,13 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
         rows: What `measure_throughput` found.
         counted: What `costs` found.
     """
-    giga, mega = 1e-9, 1e-6
     batch = max(row["batch"] for row in rows)
-    failed = {row["method"]: row["not_measured"] for row in rows if "not_measured" in row}
-    text = [
-        f"FLOPs of one sample: base {giga * counted['flops_base']:.3g} G, "
-        f"sidekick {giga * counted['flops_sidekick']:.3g} G (a multiply-add is two); "
-        f"parameters {mega * counted['parameters_base']:.3g} M and "
-        f"{mega * counted['parameters_sidekick']:.3g} M."
-    ]
-    balance = counted["balance"]
-    if balance is not None:
-        text.append(
-            f"FLOPs balance {balance:.3f}: the duo should take {1 + balance:.3f} times as long."
-        )
-        others = {
-            "fvcore": counted["balance_fvcore"],
-            "PyTorch with attention fused": counted["balance_fused"],
-        }
-        for name, other in others.items():
-            if other is not None and abs(other - balance) > 0.01 * balance:
-                skipped = ", ".join(counted["skipped_fvcore"] or ()) if name == "fvcore" else ""
-                missing = f", without {skipped}" if skipped else ""
-                text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
-    for mode, same in (("", ""), (COMPILED, COMPILED)):
-        parts = {name + mode for name in ("base", "sidekick", "duo")}
-        if parts <= {row["method"] for row in rows} - set(failed):
-            of_base = find(rows, "duo" + mode, "base" + same, batch=batch)
-            both = f"base{same} + sidekick{same}"
+    measured = {row["method"] for row in rows if "not_measured" not in row}
+    text = _counted_text(counted)
+    for mode in ("", COMPILED):
+        both = f"base{mode} + sidekick{mode}"
+        if {"base" + mode, "sidekick" + mode, "duo" + mode} <= measured:
+            of_base = find(rows, "duo" + mode, "base" + mode, batch=batch)
             of_both = find(rows, "duo" + mode, both, batch=batch)
             text.append(
                 f"Measured{mode or ', as it is'}, batch {batch}: duo / base {ratio_text(of_base)}, "
@@ -375,7 +354,53 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
             )
     ensemble = find(rows, ENSEMBLE, batch=batch)
     text.append(f"An ensemble of two bases takes {ratio_text(ensemble)} times as long as one.")
-    return [*text, *(f"{name}: not measured: {reason}" for name, reason in failed.items())]
+    failed: dict[str, dict[str, None]] = {}  # what one reason kept from being measured, once each
+    for row in rows:
+        if "not_measured" in row:
+            failed.setdefault(row["not_measured"], {})[row["method"]] = None
+    return [*text, *(f"Not measured: {'; '.join(names)}: {why}" for why, names in failed.items())]
+
+
+def _counted_text(counted: Mapping[str, Any]) -> list[str]:
+    """FLOPs, parameters and FLOPs balance, and where other counters disagree."""
+    flops, parameters = (
+        [short_count(counted[f"{what}_{model}"]) for model in ("base", "sidekick")]
+        for what in ("flops", "parameters")
+    )
+    text = [
+        f"FLOPs of one sample: base {flops[0]}, sidekick {flops[1]} (a multiply-add is two); "
+        f"parameters {parameters[0]} and {parameters[1]}."
+    ]
+    balance = counted["balance"]
+    if balance is None:
+        return text
+    text.append(
+        f"FLOPs balance {balance:.3f}: the duo should take {1 + balance:.3f} times as long."
+    )
+    others = {
+        "fvcore": counted["balance_fvcore"],
+        "PyTorch with attention fused": counted["balance_fused"],
+    }
+    for name, other in others.items():
+        if other is not None and abs(other - balance) > 0.01 * balance:
+            skipped = ", ".join(counted["skipped_fvcore"] or ()) if name == "fvcore" else ""
+            missing = f", without {skipped}" if skipped else ""
+            text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
+    return text
+
+
+def short_count(number: float) -> str:
+    """A count in three digits.
+
+    Example:
+        >>> short_count(2690), short_count(88_591_464), short_count(999_900)
+        ('2.69 k', '88.6 M', '1 M')
+    """
+    for unit in ("", " k", " M", " G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"
 
 
 def find(

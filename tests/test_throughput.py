@@ -92,7 +92,8 @@ def test_what_cannot_be_exported_or_compiled_is_reported(monkeypatch: pytest.Mon
     measured = {(row["method"], row["reference"]) for row in rows if "ms" in row}
     assert {("duo", "base"), ("duo", "base + sidekick"), ("2 bases", "base")} <= measured
     text = throughput.overhead_text(rows, costs(base, sidekick, sample))
-    assert "duo, compiled: not measured: RuntimeError: no C++ compiler" in text
+    names = "base, compiled; sidekick, compiled; duo, compiled; 2 bases, compiled"
+    assert f"Not measured: {names}: RuntimeError: no C++ compiler" in text
     assert not any("Measured, compiled" in line for line in text)
     assert throughput.throughput_table(rows, "").row_count == 10
 
@@ -162,6 +163,7 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
     assert rows[0]["flops_sidekick"] == 2 * 3072 * 1000
     assert "FLOPs balance" in run.stdout
     assert "2 bases" in run.stdout
+    assert "batch 2: measuring" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,11 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
         (["--batch", "0"], "--batch is a number of at least 1, got 0"),
         (["--repeats", "1"], "--repeats is a number of at least 3, got 1"),
         (["--output", "rows.csv"], r"--output is named *.jsonl, got rows.csv"),
-        (["--input_size", "3x32"], "cannot run a sample of 3x32"),
+        (["--input_size", "3x32"], "the base resnet10t cannot run a sample of 3x32"),
+        (
+            ["--sidekick", "vit_tiny_patch16_224", "--input_size", "3x32x32"],
+            "the sidekick vit_tiny_patch16_224 cannot run a sample of 3x32x32",
+        ),
         (["--input_size", "wide"], "--input_size is the size of one sample"),
     ],
 )
