@@ -19,6 +19,24 @@ TITLES = {
 }
 FIGURES = {"throughput": ("figure8.png", "throughput.png")}
 SCRIPTS = {"throughput": "throughput.py", "gain": "gain.py"}
+MEANINGS = {
+    "ms": "time of one call, in milliseconds, less its set-up",
+    "ratio": "time over that of the method under `to`, turn by turn",
+    "images_per_s": "samples of a batch over the time of a call that is waited for",
+    "limited_by": "why the batch is no larger",
+    "peak_mb": "memory that a call needs at its peak beyond what was in use before it, in MB",
+    "of_copy": "time over that of copying as many bytes as must be read and written",
+    "gb_per_s": "those bytes over the time",
+    "passes": "reads of all logits",
+    "excess": "NLL above the lowest that any method found, in nats per sample",
+    "ideal": "the ratio if the images were read once instead of twice, and all else cost the same",
+    "workers": "processes that read data; 0: the training process does",
+    "steps": "training batches of a run",
+    "kept_bytes": "what the metric keeps of a sample",
+    "flops": "operations of a forward over the base's",
+    "nll_change": "NLL over that of the base with one temperature, less 1; other changes likewise",
+}
+LONG = 20  # lines of a table that is folded away
 
 
 class Target(NamedTuple):
@@ -105,6 +123,48 @@ def targets(folder: Path) -> list[str]:
     return table(("target", "case", "measured (20-80 %)", "wanted", "met"), lines)
 
 
+def brief(folder: Path) -> list[str]:
+    """What a duo costs beside its base and beside two bases, and what each of them gains."""
+    rows, lines = load(folder, "throughput"), []
+    for cost in (row for row in rows if row.get("part") == "cost"):
+        found = [r for r in rows if r.get("part") == "pair" and r["pair"] == cost["pair"]]
+        batch = max((r["batch"] for r in found), default=0)
+        times = {
+            (r["method"], r["reference"]): r for r in found if r["batch"] == batch and "ms" in r
+        }
+        flops, parameters = (
+            [cost[f"{what}_base"] / unit, cost[f"{what}_sidekick"] / unit]
+            for what, unit in (("flops", 1e9), ("parameters", 1e6))
+        )
+        sizes = {
+            "base": (flops[0], parameters[0]),
+            "sidekick": (flops[1], parameters[1]),
+            "duo": (sum(flops), sum(parameters)),
+            "2 bases": (2 * flops[0], 2 * parameters[0]),
+        }
+        for method, (operations, size) in sizes.items() if found else ():
+            eager = times[method, "base"]
+            compiled = times.get((f"{method}, compiled", "base, compiled"), {})
+            name = f"{method}, {cost['pair']}, batch {batch}"
+            speed = f"{eager['images_per_s']:.3g}"
+            more = f"{operations:.1f}", f"{size:.1f}"
+            lines.append([name, speed, ratio_cell(eager), ratio_cell(compiled), *more])
+    headings = ("", "images/s", "time / base (20-80 %)", "compiled", "GFLOPs", "M parameters")
+    text = table(headings, lines)
+    gains: dict[str, list[Row]] = {}
+    for row in load(folder, "gain"):
+        gains.setdefault(row["method"], []).append(row)
+    if gains:
+        changes = [
+            [method, f"{found[0]['flops']:.2f}"]
+            + [", ".join(f"{100 * r[f'{m}_change']:+.1f}" for r in found) for m in ("nll", "aurc")]
+            for method, found in gains.items()
+        ]
+        what = "NLL, % of the scaled base's, by seed", "AURC, likewise"
+        text += ["", *table(("solar cells, test split", "FLOPs / base", *what), changes)]
+    return text
+
+
 def overhead(folder: Path) -> list[str]:
     """Measured time of a duo over its base beside 1 + FLOPs balance."""
     rows, lines = load(folder, "throughput"), []
@@ -150,7 +210,10 @@ def section(folder: Path, name: str, figures: str | None) -> list[str]:
     kinds = dict.fromkeys(row.get("part", "") for row in rows if row.get("part") not in hidden)
     for kind in kinds:
         headings, lines = cells([row for row in rows if row.get("part", "") == kind])
-        text += [*table(headings, lines), ""]
+        folded = figures is not None and len(lines) > LONG
+        summary = f"<summary>{len(lines)} rows{f', {kind}' if kind else ''}</summary>"
+        text += ["<details>", summary, ""] if folded else []
+        text += [*table(headings, lines), "", *(["</details>", ""] if folded else [])]
     curves = load(folder, name, "growth.jsonl")
     if curves:
         text += ["Growth:", "", *(f"- {growth_text(curve)}" for curve in curves), ""]
@@ -166,7 +229,7 @@ def section(folder: Path, name: str, figures: str | None) -> list[str]:
 
 def summarize(folder: Path) -> Path:
     """Write summary.md: targets and all tables."""
-    text = ["# Benchmarks: summary", "", *targets(folder), ""]
+    text = ["# Benchmarks: summary", "", *brief(folder), "", *targets(folder), ""]
     for name in NAMES:
         text += section(folder, name, None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,9 +263,17 @@ def report(folder: Path) -> str:
         f"The rows are in [{folder.name}]({folder.name}). Every ratio is of times taken in one "
         "process: the median, and the 20 % and 80 % quantiles over the turns.",
         "",
+        "## In short",
+        "",
+        *brief(folder),
+        "",
         "## Targets",
         "",
         *targets(folder),
+        "",
+        "## Columns",
+        "",
+        *(f"- `{name}`: {meaning}" for name, meaning in MEANINGS.items()),
         "",
     ]  # fmt: skip
     for name in NAMES:
