@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_duo import fit_temperatures
-from lightning_duo.temperature import check_samples
+from lightning_duo.inputs import check_samples
 from lightning_duo.timing import environment, interleave, peak_memory
 from lightning_duo_kernels.nll import Point, nll_sums
 

@@ -12,7 +12,8 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from lightning_duo import selective
-from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures, check_samples
+from lightning_duo.inputs import check_samples
+from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures
 from lightning_duo.threshold import Threshold
 from lightning_duo_kernels import duo_head
 

@@ -11,11 +11,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_duo.calibration import choose_threshold
 from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
 from lightning_duo.figures import log_figures
+from lightning_duo.inputs import check_samples
 from lightning_duo.logits import Logits
 from lightning_duo.pair import Pair
 from lightning_duo.samples import Collected, Processes
 from lightning_duo.state import Record, fingerprints
-from lightning_duo.temperature import TemperatureFit, check_samples, fit_temperatures
+from lightning_duo.temperature import TemperatureFit, fit_temperatures
 from lightning_duo.threshold import Threshold
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")

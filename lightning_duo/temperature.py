@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_duo.inputs import WIDE, check_samples, check_shapes, hide_far
 from lightning_duo.newton import Models, Optimum, Pair, Status, search
 from lightning_duo_kernels.nll import NllSums, Point, nll_sums
 
 DOUBLE_LOGITS = 1 << 20  # of one model; up to so many are computed with in float64, which is slower
-WIDE = 1e12  # logits whose squares would overflow float32 in sums
 FEWEST_ROWS = 64  # of a subsample
 SHRINK = 8  # a subsample has at most so many times fewer rows than what it prepares
 ROUGH = 0.2  # a subsample's optimum is off by about 1 / rows in NLL; it is found to this part of it
@@ -103,7 +103,8 @@ def fit_temperatures(
     NLL is convex in the temperatures because the duo's logits are linear in them, so Newton's
     method on the quadrant ``T >= 0`` finds the optimum. A useless or harmful sidekick gets
     temperature 0, two equal models share the weight, a model with constant logits gets 0. Rows may
-    mask classes with ``-inf`` if both models mask the same ones.
+    mask classes with ``-inf``, or a number such as -1e9 that is far below all other logits, if both
+    models mask the same ones.
 
     Most of the way is found on a few rows; all of them are then read once to three times in most
     cases, in chunks: the extra memory is a few tens of MB whatever the number of samples.
@@ -135,15 +136,17 @@ def fit_temperatures(
     Source: Asymmetric Duos, Sec. 3.1, "Tuning the temperatures".
     """
     reduce = reduce or (lambda sums: sums)
-    _check_shapes(base_logits, sidekick_logits, targets)
+    check_shapes(base_logits, sidekick_logits, targets)
+    count, masked, largest = check_samples(base_logits, sidekick_logits, targets, reduce)
+    if largest > WIDE:
+        base_logits, sidekick_logits, hidden, largest = hide_far(
+            base_logits, sidekick_logits, targets
+        )
+        masked = masked or hidden
     logits = base_logits, sidekick_logits
-    count, masked, largest = check_samples(*logits, targets, reduce)
-    double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(
-        *logits, largest, reduce
-    )
+    double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(logits, largest, reduce)
     precision = _DOUBLE if double else _SINGLE
-    data = _Data(*logits, targets, count, masked, precision, reduce)
-    optima, passes = _fit(data)
+    optima, passes = _fit(_Data(*logits, targets, count, masked, precision, reduce))
     duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
     # Each search stops a little above its optimum. A model alone that is better than the duo by
     # more replaces it; else the two are equal (say, collinear models) and so reported.
@@ -163,20 +166,12 @@ def fit_temperatures(
 
 
 def _needs_double(
-    base: Tensor, sidekick: Tensor, largest: float, reduce: Callable[[Tensor], Tensor]
+    logits: tuple[Tensor, Tensor], largest: float, reduce: Callable[[Tensor], Tensor]
 ) -> bool:
     """Whether float32 is not for these logits; all processes decide alike, or they would part."""
-    here = base.is_cuda or torch.float64 in (base.dtype, sidekick.dtype)
-    if not here and math.isinf(largest):
-        largest = max(_largest(logits.nan_to_num(neginf=0.0)) for logits in (base, sidekick))
-    here = here or largest > WIDE
-    return bool(reduce(torch.tensor([float(here)], dtype=torch.float64, device=base.device)) > 0)
-
-
-def _largest(logits: Tensor) -> float:
-    """Largest absolute value; 0 if there is none, infinite if a class is masked."""
-    low, high = logits.aminmax() if logits.numel() else (0.0, 0.0)
-    return max(-float(low), float(high))
+    here = largest > WIDE or any(x.is_cuda or x.dtype == torch.float64 for x in logits)
+    flag = torch.tensor([float(here)], dtype=torch.float64, device=logits[0].device)
+    return bool(reduce(flag) > 0)
 
 
 @dataclass(frozen=True)
@@ -259,81 +254,3 @@ def _run(
                 optima[name] = found.value
                 del wanted[name]
     return optima, passes
-
-
-def _check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
-    if not all(isinstance(x, Tensor) for x in (base, sidekick, targets)):
-        kinds = ", ".join(type(x).__name__ for x in (base, sidekick, targets))
-        raise ValueError(f"fit_temperatures expects tensors (torch.from_numpy), got {kinds}")
-    if base.ndim != 2 or base.shape != sidekick.shape or base.shape[1] == 0:
-        raise ValueError(
-            "fit_temperatures expects base and sidekick logits of one shape (N, K), got "
-            f"{tuple(base.shape)} and {tuple(sidekick.shape)}"
-        )
-    if not (base.is_floating_point() and sidekick.is_floating_point()):
-        raise ValueError(
-            f"fit_temperatures expects floating-point logits, got {base.dtype} and {sidekick.dtype}"
-        )
-    if targets.shape != base.shape[:1] or targets.is_floating_point() or targets.is_complex():
-        raise ValueError(
-            f"fit_temperatures expects integer targets of shape ({len(base)},), got "
-            f"{targets.dtype} of shape {tuple(targets.shape)}; soft and multi-label targets are "
-            "not supported"
-        )
-
-
-class Samples(NamedTuple):
-    """What `check_samples` saw."""
-
-    number: int
-    """Samples of all processes."""
-    masked: bool
-    """Whether any class of any sample is masked, in any process."""
-    largest: float
-    """Largest absolute value of this process's logits; infinite if a class is masked."""
-
-
-def check_samples(
-    base: Tensor,
-    sidekick: Tensor,
-    targets: Tensor,
-    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> Samples:
-    """Look at the samples of all processes, and refuse those that no temperatures can be for.
-
-    Args:
-        base: Logits of the base, shape (N, K).
-        sidekick: Logits of the sidekick, shape (N, K).
-        targets: True classes, shape (N,).
-        reduce: As in `fit_temperatures`.
-
-    Raises:
-        ValueError: In every process, with the number of samples concerned and the first of them,
-            if targets are out of range or masked, logits are NaN or infinite, the two models mask
-            different classes, or there is no sample.
-    """
-    classes = base.shape[1]
-    in_range = (targets >= 0) & (targets < classes)
-    target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
-    extents = [_largest(logits) for logits in (base, sidekick)]
-    if all(map(math.isfinite, extents)):
-        base, sidekick = base[:, :0], sidekick[:, :0]  # nothing to find; looking takes much longer
-    masked, masked_sidekick = base == -torch.inf, sidekick == -torch.inf
-    problems = {
-        f"targets outside 0..{classes - 1}": ~in_range,
-        "NaN or +inf base logits": ~(base.isfinite() | masked).all(1),
-        "NaN or +inf sidekick logits": ~(sidekick.isfinite() | masked_sidekick).all(1),
-        "classes masked with -inf by one model only": (masked != masked_sidekick).any(1),
-        "a target class masked with -inf": in_range & (target_logit == -torch.inf),
-    }
-    here = [len(targets), masked.sum(), *(rows.sum() for rows in problems.values())]
-    totals = reduce(torch.tensor(here, dtype=torch.float64, device=base.device))
-    count, masks, *bad = (int(total) for total in totals.tolist())
-    for number, (problem, rows) in zip(bad, problems.items(), strict=True):
-        if number:
-            first = rows.nonzero().flatten()[:5].tolist()
-            where = f"first rows {first}" if first else "in another process"
-            raise ValueError(f"{number} of {count} samples have {problem} ({where})")
-    if not count:
-        raise ValueError("a duo needs at least one sample to fit or measure, got none")
-    return Samples(count, masks > 0, max(extents))

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A file may import those before it.
 ORDER = [
+    "inputs",
     "newton",
     "temperature",
     "ranking",

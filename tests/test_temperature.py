@@ -365,11 +365,63 @@ def test_float32_is_left_where_it_would_not_do(
 ) -> None:
     a = A.double() if change == "double" else A.clone()
     if change == "huge":
-        a[TRUE.roll(1, 1).bool()] = torch.finfo(torch.float32).min  # a mask that is not -inf
+        a = 1e20 * a
     want = fit_temperatures(a, B, Y)
     monkeypatch.setattr(temperature, "DOUBLE_LOGITS", 0)
     assert fit_temperatures(a, B, Y) == want
     assert want.temperatures.base > 0
+
+
+@pytest.mark.parametrize("double_logits", [0, temperature.DOUBLE_LOGITS])
+@pytest.mark.parametrize("number", [-1e7, -1e9, -1e15, torch.finfo(torch.float32).min])
+def test_masks_that_are_finite_count_as_masks(
+    number: float, double_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temperature, "DOUBLE_LOGITS", double_logits)
+    base, sidekick, targets = make_logits(300, 12, seed=2)
+    masks = torch.rand(300, 12, generator=torch.Generator().manual_seed(0)) < 0.3
+    masks[torch.arange(300), targets] = False
+    want = fit_temperatures(*(x.masked_fill(masks, -torch.inf) for x in (base, sidekick)), targets)
+    assert want.status == "converged"
+    given = base.masked_fill(masks, number), sidekick.masked_fill(masks, 2 * max(number, -1e38))
+    assert fit_temperatures(*given, targets) == want
+    assert torch.equal(given[0] == number, masks)  # the caller's logits are as they were
+
+
+@pytest.mark.parametrize("number", [-1e3, -1e5])
+def test_nearer_masks_are_logits_like_others(number: float) -> None:
+    base, sidekick, targets = make_logits(300, 12, seed=2)
+    masks = torch.rand(300, 12, generator=torch.Generator().manual_seed(0)) < 0.3
+    masks[torch.arange(300), targets] = False
+    a, b = (x.masked_fill(masks, -torch.inf) for x in (base, sidekick))
+    c, d = (x.masked_fill(masks, number) for x in (base, sidekick))
+    want, found = fit_temperatures(a, b, targets), fit_temperatures(c, d, targets)
+    assert found.temperatures == pytest.approx(want.temperatures, rel=1e-6)
+    assert found.nll == pytest.approx(want.nll, abs=1e-12)
+
+
+def test_finite_masks_that_cannot_be_masks_are_warned_of() -> None:
+    base, sidekick, targets = make_logits(50, 5, seed=2)
+    masks = torch.zeros(50, 5, dtype=torch.bool)
+    masks[torch.arange(50), (targets + 1) % 5] = True
+    with pytest.warns(UserWarning, match="reach -1e.09, .* not for the same classes in both"):
+        fit_temperatures(base.masked_fill(masks, -1e9), sidekick, targets)
+    masks[0, targets[0]] = True
+    hidden = base.masked_fill(masks, -1e9), sidekick.masked_fill(masks, -1e9)
+    with pytest.warns(UserWarning, match="as if classes were masked, for targets too"):
+        fit_temperatures(*hidden, targets)
+
+
+@given(st.integers(0, 1000), st.floats(-30, 30))
+def test_wide_logits_have_no_masks(seed: int, power: float) -> None:
+    """Temperatures scale inversely with logits, however large: none is taken for a mask."""
+    data = make_logits(60, 4, seed=seed)
+    base, sidekick = (x.double() for x in data[:2])
+    want = fit_temperatures(base, sidekick, data[2])
+    found = fit_temperatures(10**power * base, sidekick, data[2])
+    assert found.status == want.status
+    if want.status == "converged":
+        assert found.nll == pytest.approx(want.nll, abs=1e-10)
 
 
 def test_processes_agree_on_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""The logits and targets of a fit: what is refused, and what counts as masked."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WIDE = 1e6  # logits beyond are masks, or need float64
+FAR, NEAR = 1e-3, 1e-5  # of the lowest logit: masks lie below the one, all others within the other
+
+
+def check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
+    """Refuse what are not logits (N, K) of two models and targets (N,).
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    if not all(isinstance(x, Tensor) for x in (base, sidekick, targets)):
+        kinds = ", ".join(type(x).__name__ for x in (base, sidekick, targets))
+        raise ValueError(f"fit_temperatures expects tensors (torch.from_numpy), got {kinds}")
+    if base.ndim != 2 or base.shape != sidekick.shape or base.shape[1] == 0:
+        raise ValueError(
+            "fit_temperatures expects base and sidekick logits of one shape (N, K), got "
+            f"{tuple(base.shape)} and {tuple(sidekick.shape)}"
+        )
+    if not (base.is_floating_point() and sidekick.is_floating_point()):
+        raise ValueError(
+            f"fit_temperatures expects floating-point logits, got {base.dtype} and {sidekick.dtype}"
+        )
+    if targets.shape != base.shape[:1] or targets.is_floating_point() or targets.is_complex():
+        raise ValueError(
+            f"fit_temperatures expects integer targets of shape ({len(base)},), got "
+            f"{targets.dtype} of shape {tuple(targets.shape)}; soft and multi-label targets are "
+            "not supported"
+        )
+
+
+class Samples(NamedTuple):
+    """What `check_samples` saw."""
+
+    number: int
+    """Samples of all processes."""
+    masked: bool
+    """Whether any class of any sample is masked, in any process."""
+    largest: float
+    """Largest absolute value of this process's logits; infinite if a class is masked."""
+
+
+def check_samples(
+    base: Tensor,
+    sidekick: Tensor,
+    targets: Tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Samples:
+    """Look at the samples of all processes, and refuse those that no temperatures can be for.
+
+    Args:
+        base: Logits of the base, shape (N, K).
+        sidekick: Logits of the sidekick, shape (N, K).
+        targets: True classes, shape (N,).
+        reduce: As in `fit_temperatures`.
+
+    Raises:
+        ValueError: In every process, with the number of samples concerned and the first of them,
+            if targets are out of range or masked, logits are NaN or infinite, the two models mask
+            different classes, or there is no sample.
+    """
+    classes = base.shape[1]
+    in_range = (targets >= 0) & (targets < classes)
+    target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
+    extents = [_largest(logits) for logits in (base, sidekick)]
+    if all(map(math.isfinite, extents)):
+        base, sidekick = base[:, :0], sidekick[:, :0]  # nothing to find; looking takes much longer
+    masked, masked_sidekick = base == -torch.inf, sidekick == -torch.inf
+    problems = {
+        f"targets outside 0..{classes - 1}": ~in_range,
+        "NaN or +inf base logits": ~(base.isfinite() | masked).all(1),
+        "NaN or +inf sidekick logits": ~(sidekick.isfinite() | masked_sidekick).all(1),
+        "classes masked with -inf by one model only": (masked != masked_sidekick).any(1),
+        "a target class masked with -inf": in_range & (target_logit == -torch.inf),
+    }
+    here = [len(targets), masked.sum(), *(rows.sum() for rows in problems.values())]
+    totals = reduce(torch.tensor(here, dtype=torch.float64, device=base.device))
+    count, masks, *bad = (int(total) for total in totals.tolist())
+    for number, (problem, rows) in zip(bad, problems.items(), strict=True):
+        if number:
+            first = rows.nonzero().flatten()[:5].tolist()
+            where = f"first rows {first}" if first else "in another process"
+            raise ValueError(f"{number} of {count} samples have {problem} ({where})")
+    if not count:
+        raise ValueError("a duo needs at least one sample to fit or measure, got none")
+    return Samples(count, masks > 0, max(extents))
+
+
+def _largest(logits: Tensor) -> float:
+    """Largest absolute value; 0 if there is none, infinite if a class is masked."""
+    low, high = logits.aminmax() if logits.numel() else (0.0, 0.0)
+    return max(-float(low), float(high))
+
+
+class Visible(NamedTuple):
+    """What `hide_far` leaves to be seen."""
+
+    base: Tensor
+    sidekick: Tensor
+    masked: bool
+    """Whether it masked any class."""
+    largest: float
+    """Largest absolute value of the logits that are not masked."""
+
+
+def hide_far(base: Tensor, sidekick: Tensor, targets: Tensor) -> Visible:
+    """Mask with -inf what is masked with a large finite number, such as -1e9 or the lowest float.
+
+    To a fit such numbers are logits like others, and spread so wide that it finds no scale for the
+    rest. A mask is told by its distance: it lies below `FAR` of a model's lowest logit, and all
+    other logits of that model lie within `NEAR` of it.
+
+    Args:
+        base: Logits of the base, shape (N, K), as `check_samples` accepts them.
+        sidekick: Logits of the sidekick, shape (N, K).
+        targets: True classes, shape (N,).
+
+    Returns:
+        The logits, with -inf where both models mask the same classes and no target. Where they do
+        not, they are as they were, and a warning says so.
+    """
+    far, rest, lowest = [], [], 0.0
+    for logits in (base, sidekick):
+        low = float(logits.nan_to_num(neginf=0.0).amin())
+        masks = logits < FAR * low
+        others = _largest(logits.masked_fill(masks, 0.0))
+        if low > -WIDE or others > -NEAR * low:
+            masks = logits == -torch.inf
+            others = _largest(logits.masked_fill(masks, 0.0))
+        else:
+            lowest = min(lowest, low)
+        far.append(masks)
+        rest.append(others)
+    if not lowest:
+        return Visible(base, sidekick, False, max(rest))
+    alike = torch.equal(*far)
+    if alike and not far[0].gather(1, targets.long()[:, None]).any():
+        base, sidekick = (x.masked_fill(far[0], -torch.inf) for x in (base, sidekick))
+        return Visible(base, sidekick, True, max(rest))
+    which = "for targets too" if alike else "but not for the same classes in both models"
+    warnings.warn(
+        f"logits reach {lowest:.3g}, far below all others, as if classes were masked, {which}; "
+        "temperatures fitted to them mean little. Mask the same classes in both models, with "
+        "-inf, and none that is a target",
+        stacklevel=3,
+    )
+    return Visible(base, sidekick, False, -lowest)
