@@ -306,8 +306,6 @@ def bench(
         duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
         longest = None if where == "cuda" else 1.0
         batch, limit = throughput.largest_batch(duo, sample, seconds=longest)
-    # A file or a pipe has no width of its own, and digits must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 140)
     progress = Console(stderr=True)
     with progress.status("measuring") as status:
         rows = throughput.measure_throughput(
@@ -322,9 +320,9 @@ def bench(
             say=status.update if progress.is_terminal else progress.print,
         )
     machine = environment(where)
-    title = f"{base} + {sidekick}, {_shape_text(sample)}, {dtype}"
-    console.print(
-        throughput.throughput_table(rows, title),
+    # A file or a pipe has no width of its own, and digits must not be cut.
+    Console(width=None if sys.stdout.isatty() else 140).print(
+        throughput.throughput_table(rows, f"{base} + {sidekick}, {_shape_text(sample)}, {dtype}"),
         *throughput.overhead_text(rows, counted),
         f"Batch {batch}: {limit}. {machine['hardware']}, {machine['threads']} threads, PyTorch "
         f"{machine['torch']}; ratios: median and 20 % - 80 % of the turns.",

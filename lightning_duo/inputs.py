@@ -10,6 +10,7 @@ from torch import Tensor
 
 WIDE = 1e6  # logits beyond are masks, or need float64
 FAR, NEAR = 1e-3, 1e-5  # of the lowest logit: masks lie below the one, all others within the other
+CHUNK = 1 << 20  # logits that are looked at a time where a copy is needed
 
 
 def check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
@@ -45,8 +46,8 @@ class Samples(NamedTuple):
     """Samples of all processes."""
     masked: bool
     """Whether any class of any sample is masked, in any process."""
-    largest: float
-    """Largest absolute value of this process's logits; infinite if a class is masked."""
+    wide: bool
+    """Whether any logit is masked or beyond `WIDE`, in any process."""
 
 
 def check_samples(
@@ -82,9 +83,10 @@ def check_samples(
         "classes masked with -inf by one model only": (masked != masked_sidekick).any(1),
         "a target class masked with -inf": in_range & (target_logit == -torch.inf),
     }
-    here = [len(targets), masked.sum(), *(rows.sum() for rows in problems.values())]
+    far = max(extents) > WIDE
+    here = [len(targets), masked.sum(), far, *(rows.sum() for rows in problems.values())]
     totals = reduce(torch.tensor(here, dtype=torch.float64, device=base.device))
-    count, masks, *bad = (int(total) for total in totals.tolist())
+    count, masks, wide, *bad = (int(total) for total in totals.tolist())
     for number, (problem, rows) in zip(bad, problems.items(), strict=True):
         if number:
             first = rows.nonzero().flatten()[:5].tolist()
@@ -92,7 +94,7 @@ def check_samples(
             raise ValueError(f"{number} of {count} samples have {problem} ({where})")
     if not count:
         raise ValueError("a duo needs at least one sample to fit or measure, got none")
-    return Samples(count, masks > 0, max(extents))
+    return Samples(count, masks > 0, wide > 0)
 
 
 def _largest(logits: Tensor) -> float:
@@ -107,12 +109,14 @@ class Visible(NamedTuple):
     base: Tensor
     sidekick: Tensor
     masked: bool
-    """Whether it masked any class."""
+    """Whether it masked any class of this process."""
     largest: float
     """Largest absolute value of the logits that are not masked."""
 
 
-def hide_far(base: Tensor, sidekick: Tensor, targets: Tensor) -> Visible:
+def hide_far(
+    base: Tensor, sidekick: Tensor, targets: Tensor, reduce: Callable[[Tensor], Tensor]
+) -> Visible:
     """Mask with -inf what is masked with a large finite number, such as -1e9 or the lowest float.
 
     To a fit such numbers are logits like others, and spread so wide that it finds no scale for the
@@ -123,34 +127,63 @@ def hide_far(base: Tensor, sidekick: Tensor, targets: Tensor) -> Visible:
         base: Logits of the base, shape (N, K), as `check_samples` accepts them.
         sidekick: Logits of the sidekick, shape (N, K).
         targets: True classes, shape (N,).
+        reduce: As in `fit_temperatures`; all processes hide, or none does.
 
     Returns:
         The logits, with -inf where both models mask the same classes and no target. Where they do
         not, they are as they were, and a warning says so.
     """
-    far, rest, lowest = [], [], 0.0
-    for logits in (base, sidekick):
-        low = float(logits.nan_to_num(neginf=0.0).amin())
-        masks = logits < FAR * low
-        others = _largest(logits.masked_fill(masks, 0.0))
-        if low > -WIDE or others > -NEAR * low:
-            masks = logits == -torch.inf
-            others = _largest(logits.masked_fill(masks, 0.0))
-        else:
-            lowest = min(lowest, low)
-        far.append(masks)
-        rest.append(others)
-    if not lowest:
-        return Visible(base, sidekick, False, max(rest))
-    alike = torch.equal(*far)
-    if alike and not far[0].gather(1, targets.long()[:, None]).any():
-        base, sidekick = (x.masked_fill(far[0], -torch.inf) for x in (base, sidekick))
-        return Visible(base, sidekick, True, max(rest))
-    which = "for targets too" if alike else "but not for the same classes in both models"
-    warnings.warn(
-        f"logits reach {lowest:.3g}, far below all others, as if classes were masked, {which}; "
-        "temperatures fitted to them mean little. Mask the same classes in both models, with "
-        "-inf, and none that is a target",
-        stacklevel=3,
-    )
-    return Visible(base, sidekick, False, -lowest)
+    extents = [_extent(logits) for logits in (base, sidekick)]
+    found = [_far(*each) for each in zip((base, sidekick), extents, strict=True)]
+    if found[0] is None and found[1] is not None:
+        found[0] = _far_beside(base, found[1])
+    elif found[1] is None and found[0] is not None:
+        found[1] = _far_beside(sidekick, found[0])
+    first, second = found
+    any_here = first is not None or second is not None
+    unlike = any_here and (first is None or second is None or not torch.equal(first, second))
+    target = first is not None and bool(first.gather(1, targets.long()[:, None]).any())
+    here = torch.tensor([unlike, target], dtype=torch.float64, device=base.device)
+    for problem, processes in zip(
+        ("but not for the same classes in both models", "for targets too"),
+        reduce(here).tolist(),
+        strict=True,
+    ):
+        if processes:
+            warnings.warn(
+                "logits are far below all others, as if classes were masked with a number such as "
+                f"-1e9, {problem}; temperatures fitted to them mean little. Mask the same classes "
+                "in both models, with -inf, and none that is a target",
+                stacklevel=3,
+            )
+            return Visible(base, sidekick, False, max(map(abs, (*extents[0], *extents[1]))))
+    if first is not None:
+        base, sidekick = (x.masked_fill(first, -torch.inf) for x in (base, sidekick))
+        extents = [_extent(logits) for logits in (base, sidekick)]
+    return Visible(base, sidekick, any_here, max(map(abs, (*extents[0], *extents[1]))))
+
+
+def _extent(logits: Tensor) -> tuple[float, float]:
+    """Lowest and largest of the logits that are not -inf, and 0; a few rows at a time."""
+    low = high = 0.0
+    for part in torch.split(logits, max(1, CHUNK // logits.shape[1])) if logits.numel() else ():
+        low = min(low, float(part.nan_to_num(neginf=0.0).amin()))
+        high = max(high, float(part.amax()))
+    return low, high
+
+
+def _far(logits: Tensor, extent: tuple[float, float]) -> Tensor | None:
+    """Where the logits are masks, -inf or not; None if no finite number is one."""
+    low, high = extent
+    if low > -WIDE or high > -NEAR * low:
+        return None
+    masks = logits < FAR * low
+    lowest_other, _ = _extent(logits.masked_fill(masks, 0.0))
+    return masks if lowest_other >= NEAR * low else None
+
+
+def _far_beside(logits: Tensor, masks: Tensor) -> Tensor | None:
+    """The masks of the other model, if this one has nearer numbers, such as -1e4, for the same."""
+    lowest_other, _ = _extent(logits.masked_fill(masks, 0.0))
+    highest = float(logits.masked_fill(~masks, -torch.inf).amax())
+    return masks if highest < 100 * min(lowest_other, -1.0) else None

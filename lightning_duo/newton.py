@@ -179,19 +179,8 @@ def search(
             was no failure, is the last, and taken without being evaluated.
         rounding: Relative difference of two losses that is none.
     """
-    scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
-    if start is None or start.status != "converged" or not scaled:
-        at, (tried, trust), chord = (0.0, 0.0), FROM_ZERO, None
-        (sums,) = yield [(0.0, 0.0)]
-        spread = (sums.curvature_base, sums.curvature_sidekick)
-        unit = (
-            math.sqrt(count / spread[0]) if models[0] and spread[0] > 0 else 0.0,
-            math.sqrt(count / spread[1]) if models[1] and spread[1] > 0 else 0.0,
-        )
-    else:
-        at, unit, (tried, trust) = start.at, start.unit, FROM_NEAR
-        chord = start.chord and start.chord._replace(sampled=True)
-        (sums,) = yield [start.temperatures]
+    at, unit, chord, sums = yield from _begin(count, models, start)
+    tried, trust = FROM_NEAR if any(at) else FROM_ZERO
     here = Quadratic.from_sums(sums, count, unit)
     trusted, shrink = any(at), 1.0
     for passes in range(1, MAX_PASSES + 1):
@@ -227,6 +216,24 @@ def search(
             chord = Chord.between(here, found[best], step)
             at, here, shrink = trials[best], found[best], 1.0
     return Optimum(at, unit, here.value, "pass_limit", None)
+
+
+def _begin(
+    count: int, models: Models, start: Optimum | None
+) -> Generator[list[Pair], list[NllSums], tuple[Pair, Pair, Chord | None, NllSums]]:
+    """Evaluate where a search starts: there, the unit, what is known of it, and its sums."""
+    scaled = start and all(u > 0 for u, used in zip(start.unit, models, strict=True) if used)
+    if start is not None and start.status == "converged" and scaled:
+        (sums,) = yield [start.temperatures]
+        chord = start.chord and start.chord._replace(sampled=True)
+        return start.at, start.unit, chord, sums
+    (sums,) = yield [(0.0, 0.0)]
+    spread = (sums.curvature_base, sums.curvature_sidekick)
+    unit = (
+        math.sqrt(count / spread[0]) if models[0] and spread[0] > 0 else 0.0,
+        math.sqrt(count / spread[1]) if models[1] and spread[1] > 0 else 0.0,
+    )
+    return (0.0, 0.0), unit, None, sums
 
 
 def _scaled(at: Pair, unit: Pair) -> Pair:

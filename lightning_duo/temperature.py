@@ -103,8 +103,8 @@ def fit_temperatures(
     NLL is convex in the temperatures because the duo's logits are linear in them, so Newton's
     method on the quadrant ``T >= 0`` finds the optimum. A useless or harmful sidekick gets
     temperature 0, two equal models share the weight, a model with constant logits gets 0. Rows may
-    mask classes with ``-inf``, or a number such as -1e9 that is far below all other logits, if both
-    models mask the same ones.
+    mask classes with ``-inf`` if both models mask the same ones. If both do so with a number such
+    as -1e9, far below all other logits, it counts as ``-inf`` in the fit.
 
     Most of the way is found on a few rows; all of them are then read once to three times in most
     cases, in chunks: the extra memory is a few tens of MB whatever the number of samples.
@@ -137,14 +137,14 @@ def fit_temperatures(
     """
     reduce = reduce or (lambda sums: sums)
     check_shapes(base_logits, sidekick_logits, targets)
-    count, masked, largest = check_samples(base_logits, sidekick_logits, targets, reduce)
-    if largest > WIDE:
+    count, masked, wide = check_samples(base_logits, sidekick_logits, targets, reduce)
+    if wide:
         base_logits, sidekick_logits, hidden, largest = hide_far(
-            base_logits, sidekick_logits, targets
+            base_logits, sidekick_logits, targets, reduce
         )
-        masked = masked or hidden
+        masked, wide = masked or hidden, largest > WIDE
     logits = base_logits, sidekick_logits
-    double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(logits, largest, reduce)
+    double = count * base_logits.shape[1] <= DOUBLE_LOGITS or _needs_double(logits, wide, reduce)
     precision = _DOUBLE if double else _SINGLE
     optima, passes = _fit(_Data(*logits, targets, count, masked, precision, reduce))
     duo, base, sidekick = optima["duo"], optima["base"], optima["sidekick"]
@@ -166,10 +166,10 @@ def fit_temperatures(
 
 
 def _needs_double(
-    logits: tuple[Tensor, Tensor], largest: float, reduce: Callable[[Tensor], Tensor]
+    logits: tuple[Tensor, Tensor], wide: bool, reduce: Callable[[Tensor], Tensor]
 ) -> bool:
     """Whether float32 is not for these logits; all processes decide alike, or they would part."""
-    here = largest > WIDE or any(x.is_cuda or x.dtype == torch.float64 for x in logits)
+    here = wide or any(x.is_cuda or x.dtype == torch.float64 for x in logits)
     flag = torch.tensor([float(here)], dtype=torch.float64, device=logits[0].device)
     return bool(reduce(flag) > 0)
 
@@ -200,7 +200,9 @@ class _Data:
     def sums(self, wanted: dict[str, list[Pair]]) -> Tensor:
         """Sums of this process at all temperatures that the searches want, in one read."""
         points = [Point(t, SEARCHES[name]) for name, trials in wanted.items() for t in trials]
-        how = {"masked": self.masked, "dtype": self.precision.dtype}
+        # At T = 0 all classes count alike, and float32 could lose the spread among thousands.
+        zero = not all(any(point.temperatures) for point in points)
+        how = {"masked": self.masked, "dtype": torch.float64 if zero else self.precision.dtype}
         return nll_sums(self.base, self.sidekick, self.targets, points, **how)  # type: ignore[arg-type]
 
 

@@ -41,6 +41,8 @@ def assert_sums(
     found = nll_sums(base, sidekick, targets, [Point(t, BOTH) for t in at])
     assert found.shape == (len(at), 7)
     assert found.dtype == torch.float64
+    assert found.is_contiguous()  # processes add it up in place
+    assert not found.is_inference()
     for mine, t in zip(found.cpu(), at, strict=True):
         want = reference(base, sidekick, targets, t)
         torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-8 * len(base))

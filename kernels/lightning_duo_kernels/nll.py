@@ -19,7 +19,7 @@ class Point(NamedTuple):
     """Two temperatures, and which of the two models take part there."""
 
     temperatures: tuple[float, float]
-    """Multipliers (base, sidekick); that of a model that takes no part is 0."""
+    """Multipliers (base, sidekick), not negative; that of a model that takes no part is 0."""
     models: tuple[bool, bool]
     """Whether base and sidekick take part; where one does not, its sums mean nothing."""
 
@@ -85,8 +85,9 @@ def nll_sums(
 
             at = [point.temperatures for point in points]
             return launch_nll(base, sidekick, targets, at)
+    sums = _in_chunks(base, sidekick, targets, points, masked, dtype)
     # A copy, as what is made in inference mode must not be written to outside of it.
-    return _in_chunks(base, sidekick, targets, points, masked, dtype).clone()
+    return sums.clone(memory_format=torch.contiguous_format)
 
 
 @torch.inference_mode()  # which views and small operations are quicker in
@@ -102,11 +103,12 @@ def _in_chunks(
     t = t / LOG_2  # exp2 takes half as long as exp, and a third as long as softmax
     runs = [(t[run, :, None, None].unbind(1), models) for run, models in _neighbours(points)]
     most = max(len(at[0]) for at, _ in runs)
-    rows = max(1, CHUNK_BYTES // (dtype.itemsize * base.shape[1] * most))
-    step = ALIGNED // math.gcd(ALIGNED, base.shape[1])
-    rows = -(-max(1, min(rows, len(targets))) // step) * step
+    classes = base.shape[1]
+    rows = max(1, min(CHUNK_BYTES // (dtype.itemsize * classes * most), len(targets)))
     # Written over by each chunk: fresh memory would cost as much as the arithmetic.
-    room = torch.empty(2 * most + 2, rows, base.shape[1], dtype=dtype, device=base.device)
+    size = -(-rows * classes // ALIGNED) * ALIGNED
+    room = torch.empty(2 * most + 2, size, dtype=dtype, device=base.device)
+    room = room[:, : rows * classes].view(-1, rows, classes)
     sums = torch.zeros(len(NllSums._fields), len(points), dtype=torch.float64, device=base.device)
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
