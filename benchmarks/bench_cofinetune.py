@@ -1,19 +1,21 @@
 """What training costs with the callback, beside training the base and the sidekick one by one.
 
-    python benchmarks/bench_cofinetune.py [--quick] [--device cuda] [--ranks 2]
+    python benchmarks/bench_cofinetune.py [--quick] [--device cuda] [--ranks 1 2 4]
 
-Every run is a whole `Trainer.fit` of one epoch with its validation: models are built, JPEG files
-of 500 x 375 pixels are decoded and augmented (random crop, flip, RandAugment), and with the
-callback the temperatures are fitted and the metrics computed. The sidekick alone is trained as the
-callback trains it, all layers with AdamW. "data" only reads the loaders. One run saves one reading
-of the data, so the least that can be expected is (base + sidekick - data) over (base + sidekick):
-the column "ideal".
+Every run is a `Trainer.fit` of one epoch with its validation: JPEG files of 500 x 375 pixels are
+decoded and augmented (random crop, flip, RandAugment), and with the callback the temperatures are
+fitted and the metrics computed. The clock starts at the second training batch, when models are
+built and warm, as a short run would else be mostly set-up, which one run saves too. The sidekick
+alone is trained as the callback trains it, all layers with AdamW. "data" only reads the loaders.
+One run saves one reading of the data, so the least that can be expected is (base + sidekick - data)
+over (base + sidekick): the column "ideal".
 
 Bookkeeping is what the callback itself takes of a step of the base: its hooks, with a sidekick of
 one parameter, less a plain loop that trains the same sidekick.
 
 With --ranks the runs are also made with as many processes as data-parallel training would have,
-each with one thread and its own batches of the same size (gloo on the CPU).
+each with one thread and its own batches of the same size (gloo on the CPU). Beyond the number of
+cores they share these, and the times say how a machine copes that is too small.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback
-from lightning_duo.timing import Spread, Timing, environment, interleave, peak_memory
+from lightning_duo.timing import Spread, Timing, environment, peak_memory
 
 CLASSES = 20
 WIDTH, HEIGHT = 500, 375  # of a file, as usual in ImageNet
@@ -64,6 +66,7 @@ CASES = (
 )
 GROWTH = (
     Growth("batch", {"part": "fit", "base": "resnet18"}, ("ms", "peak_mb")),
+    Growth("ranks", {"part": "ranks"}, ("ms",)),
     Growth("batch", {"part": "bookkeeping"}),
 )
 
@@ -127,11 +130,13 @@ class Data(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.parts[1], **self.how)
 
-    def read(self) -> None:
-        """What the loaders alone take in one epoch."""
+    def read(self) -> float:
+        """Seconds that the loaders alone take, from the second training batch on."""
+        start = 0.0
         for loader in (self.train_dataloader(), self.val_dataloader()):
             for _ in loader:
-                pass
+                start = start or time.perf_counter()
+        return time.perf_counter() - start
 
 
 class Classifier(L.LightningModule):
@@ -154,6 +159,41 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+class Clock(L.Callback):
+    """Times a run from its second training batch, when all is built and warm."""
+
+    start = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Note the time of the second batch."""
+        if args[-1] == 1:
+            self.start = now()
+
+    def seconds(self) -> float:
+        """Since then."""
+        return now() - self.start
+
+
+def now() -> float:
+    """Seconds of a clock, when the device is idle."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(methods: dict[str, Callable[[], float]], repeats: int) -> Timing:
+    """As `interleave`, of methods that say themselves how long they took."""
+    for method in methods.values():
+        method()
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    order = list(methods)
+    for _ in range(repeats):
+        for name in order:
+            seconds[name].append(methods[name]())
+        order.append(order.pop(0))
+    return Timing(seconds)
 
 
 def trainer(device: str, ranks: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
@@ -180,15 +220,16 @@ def compare(
     """
     processes = max(1, ranks)
 
-    def fit(name: str, sidekick: str | None = None) -> Callable[[], None]:
-        def whole() -> None:
+    def fit(name: str, sidekick: str | None = None) -> Callable[[], float]:
+        def whole() -> float:
             torch.manual_seed(0)
-            added: list[L.Callback] = []
+            clock = Clock()
+            added: list[L.Callback] = [clock]  # first, so that the duo's hooks are timed too
             if sidekick is not None:
-                duo = DuoCallback(sidekick, pretrained=False, probe=0, summary=False)
-                added = [duo]
+                added.append(DuoCallback(sidekick, pretrained=False, probe=0, summary=False))
             data = Data(files, case, workers)
             trainer(asked.device, processes, added).fit(Classifier(name), data)
+            return clock.seconds()
 
         return whole
 
@@ -198,14 +239,15 @@ def compare(
         "callback": fit(case.base, case.sidekick),
         "data": Data(files[rank::processes], case, workers).read,
     }
-    timing = interleave(methods, repeats=3 if asked.quick else 5, device=asked.device)
+    timing = in_turns(methods, repeats=max(3, asked.repeats // 3))
     turns = zip(*(timing.seconds[name] for name in ("base", "sidekick", "data")), strict=True)
     ideal = Spread.of([(b + s - d) / (b + s) for b, s, d in turns])
     rows = []
     for name, method in methods.items():
         alone = ("base", "sidekick") if name == "callback" else ("base",)
         peak = peak_memory(method, asked.device)
-        how = {"part": "ranks" if ranks else "fit", "workers": workers, "ranks": processes}
+        part = "ranks" if ranks else "fit" if not workers else "fit, with workers"
+        how = {"part": part, "workers": workers, "ranks": processes}
         row = {**how, **case._asdict(), **timing.row(name, *alone)}
         rows.append(row | {"peak_mb": None if peak is None else peak / 1e6})
     rows[2] |= {"ideal": ideal.median, "ideal_20": ideal.low, "ideal_80": ideal.high}
@@ -271,17 +313,20 @@ def bookkeeping(batch: int, steps: int) -> Row:
     return case | Timing(seconds).row("bookkeeping", "base's step") | environment("cpu")
 
 
-def measure(asked: Options, workers: int, ranks: int) -> Iterator[Row]:
-    """Rows of all cases, then with several processes, then of the bookkeeping."""
+def measure(asked: Options, workers: int, ranks: Sequence[int]) -> Iterator[Row]:
+    """Rows of all cases, then with a worker, several processes, and of the bookkeeping."""
     quiet()
     cases = (SMALL._replace(steps=4),) if asked.quick else CASES
     with tempfile.TemporaryDirectory() as folder:
-        needed = max(case.batch * case.steps * 5 // 4 for case in cases) * max(2, ranks)
+        needed = max(case.batch * case.steps * 5 // 4 for case in cases) * max((2, *ranks))
         files = write_files(Path(folder), needed)
         for case in cases:
             count = case.batch * case.steps * 5 // 4
             yield from compare(case, files[:count], asked, workers)
-        for number in dict.fromkeys((1, ranks)) if ranks > 1 else ():
+        if not asked.quick and not workers:
+            count = SMALL.batch * SMALL.steps * 5 // 4
+            yield from compare(SMALL, files[:count], asked, workers=1)
+        for number in ranks:
             yield from spawn(folder, number, asked, workers)
     for batch in (16,) if asked.quick else (8, 16, 32, 64):
         yield bookkeeping(batch, 25)
@@ -319,7 +364,9 @@ def quiet() -> None:
 if __name__ == "__main__":
     made = parser(__doc__)
     made.add_argument("--workers", type=int, default=0, help="processes that read data")
-    made.add_argument("--ranks", type=int, default=1, help="also measure with so many processes")
+    made.add_argument(
+        "--ranks", type=int, nargs="+", default=(), help="also measure with so many processes"
+    )
     made.add_argument("--inner", help=argparse.SUPPRESS)
     given = made.parse_args()
     if given.inner:

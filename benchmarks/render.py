@@ -1,12 +1,13 @@
 """Turn the rows that benchmarks wrote into Markdown: a summary, and RESULTS.md."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import Row, cells, columns, described, growth_text, ratio_cell
+from harness import OTHERS, Row, cells, columns, described, growth_text, ratio_cell
 
 NAMES = ("throughput", "head", "fit", "cofinetune", "metrics", "gain")
 TITLES = {
@@ -17,18 +18,21 @@ TITLES = {
     "metrics": "Metrics",
     "gain": "Gain, beside an ensemble of two",
 }
-FIGURES = {"throughput": ("figure8.png", "throughput.png")}
+FIGURES = {"throughput": ("figure8", "throughput")}
+DEVICES = ("cpu", "cuda")
 SCRIPTS = {"throughput": "throughput.py", "gain": "gain.py"}
 MEANINGS = {
-    "ms": "time of one call, in milliseconds, less its set-up",
-    "ratio": "time over that of the method under `to`, turn by turn",
+    "method": "what is measured; the script named above each table says what each does",
+    "ms": "time of one call, in milliseconds, warm",
+    "ratio": "time over that of the method under `to` (of several together), turn by turn",
     "images_per_s": "samples of a batch over the time of a call that is waited for",
     "limited_by": "why the batch is no larger",
     "peak_mb": "memory that a call needs at its peak beyond what was in use before it, in MB",
     "of_copy": "time over that of copying as many bytes as must be read and written",
     "gb_per_s": "those bytes over the time",
-    "passes": "reads of all logits",
-    "excess": "NLL above the lowest that any method found, in nats per sample",
+    "passes": "reads of all logits; what ours reads of subsamples before is not counted",
+    "excess": "NLL above the lowest that any method found, in nats per sample; of "
+    "torch-uncertainty, which fits the base alone, above the lowest of the base",
     "ideal": "the ratio if the images were read once instead of twice, and all else cost the same",
     "workers": "processes that read data; 0: the training process does",
     "steps": "training batches of a run",
@@ -88,10 +92,15 @@ TARGETS = (
 )  # fmt: skip
 
 
-def load(folder: Path, name: str, kind: str = "jsonl") -> list[Row]:
+def stem(name: str, device: str) -> str:
+    """How the files of a benchmark on a device begin."""
+    return name if device == "cpu" else f"{name}_{device}"
+
+
+def load(folder: Path, name: str, kind: str = "jsonl", device: str = "cpu") -> list[Row]:
     """The rows of a benchmark; none if it was not run."""
-    paths = [folder / f"{stem}.{kind}" for stem in (name, f"{name}_cuda")]
-    return [json.loads(x) for p in paths if p.exists() for x in p.read_text().splitlines()]
+    path = folder / f"{stem(name, device)}.{kind}"
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -104,13 +113,15 @@ def targets(folder: Path) -> list[str]:
     """Each target, for every row that it is about."""
     lines = []
     for target in TARGETS:
-        rows = load(folder, target.benchmark)
+        rows = [row for device in DEVICES for row in load(folder, target.benchmark, device=device)]
         wanted = target.where.items()
         found = [row for row in rows if wanted <= {**row, **part(row)}.items()]
         for row in found:
             given = [c for c in columns([row]) if c not in ("method", *target.where)]
-            keys = ("pair", "base", "sidekick", "pixels", "batch", "ranks", "threads")
+            keys = ("pair", "base", "sidekick", "pixels", "batch", "workers", "ranks", "threads")
             case = ", ".join(f"{k} {row[k]}" for k in keys if k in given or k == "threads")
+            case += f"; ideal {row['ideal']:.3f}" if "ideal" in row else ""
+            case += f", {row['device'].upper()}" if row["device"] != "cpu" else ""
             value = row[target.column]
             text = ratio_cell(row) if target.column == "ratio" else f"{value:.1e}"
             verdict = "yes" if target.holds(value) else "**no**"
@@ -125,7 +136,27 @@ def targets(folder: Path) -> list[str]:
 
 def brief(folder: Path) -> list[str]:
     """What a duo costs beside its base and beside two bases, and what each of them gains."""
-    rows, lines = load(folder, "throughput"), []
+    files = [load(folder, "throughput", device=device) for device in DEVICES]
+    lines = [line for rows in files for line in _costs(rows)]
+    headings = ("", "images/s", "time / base (20-80 %)", "compiled", "GFLOPs", "M parameters")
+    text = table(headings, lines) if lines else ["Throughput: not measured."]
+    gains: dict[str, list[Row]] = {}
+    for row in load(folder, "gain"):
+        gains.setdefault(row["method"], []).append(row)
+    if gains:
+        changes = [
+            [method, f"{found[0]['flops']:.2f}"]
+            + [", ".join(f"{100 * r[f'{m}_change']:+.1f}" for r in found) for m in ("nll", "aurc")]
+            for method, found in gains.items()
+        ]
+        what = "NLL, % of the scaled base's, by seed", "AURC, likewise"
+        text += ["", *table(("solar cells, test split", "FLOPs / base", *what), changes)]
+    return text
+
+
+def _costs(rows: Sequence[Row]) -> list[list[str]]:
+    """Lines for base, sidekick, duo and two bases of each pair, at its largest batch."""
+    lines = []
     for cost in (row for row in rows if row.get("part") == "cost"):
         found = [r for r in rows if r.get("part") == "pair" and r["pair"] == cost["pair"]]
         batch = max((r["batch"] for r in found), default=0)
@@ -145,29 +176,17 @@ def brief(folder: Path) -> list[str]:
         for method, (operations, size) in sizes.items() if found else ():
             eager = times[method, "base"]
             compiled = times.get((f"{method}, compiled", "base, compiled"), {})
-            name = f"{method}, {cost['pair']}, batch {batch}"
+            where = "" if cost["device"] == "cpu" else f", {cost['device'].upper()}"
+            name = f"{method}, {cost['pair']}, batch {batch}{where}"
             speed = f"{eager['images_per_s']:.3g}"
             more = f"{operations:.1f}", f"{size:.1f}"
             lines.append([name, speed, ratio_cell(eager), ratio_cell(compiled), *more])
-    headings = ("", "images/s", "time / base (20-80 %)", "compiled", "GFLOPs", "M parameters")
-    text = table(headings, lines)
-    gains: dict[str, list[Row]] = {}
-    for row in load(folder, "gain"):
-        gains.setdefault(row["method"], []).append(row)
-    if gains:
-        changes = [
-            [method, f"{found[0]['flops']:.2f}"]
-            + [", ".join(f"{100 * r[f'{m}_change']:+.1f}" for r in found) for m in ("nll", "aurc")]
-            for method, found in gains.items()
-        ]
-        what = "NLL, % of the scaled base's, by seed", "AURC, likewise"
-        text += ["", *table(("solar cells, test split", "FLOPs / base", *what), changes)]
-    return text
+    return lines
 
 
-def overhead(folder: Path) -> list[str]:
+def overhead(rows: Sequence[Row]) -> list[str]:
     """Measured time of a duo over its base beside 1 + FLOPs balance."""
-    rows, lines = load(folder, "throughput"), []
+    lines = []
     costs = {row["pair"]: row for row in rows if row.get("part") == "cost"}
     for row in (row for row in rows if row.get("part") == "pair" and "ratio" in row):
         if row["method"].startswith("duo") and "sidekick" not in row["reference"]:
@@ -176,10 +195,10 @@ def overhead(folder: Path) -> list[str]:
     return table(("pair", "duo", "batch", "time / base (20-80 %)", "1 + balance"), lines)
 
 
-def counters(folder: Path) -> list[str]:
+def counters(rows: Sequence[Row]) -> list[str]:
     """FLOPs balance by three counters, and where they disagree."""
     lines = []
-    for row in (row for row in load(folder, "throughput") if row.get("part") == "cost"):
+    for row in (row for row in rows if row.get("part") == "cost"):
         ways = [row[k] for k in ("balance", "balance_fused", "balance_fvcore")]
         shown = ["not measured" if way is None else f"{way:.4f}" for way in ways]
         flops = [f"{row[k] / 1e9:.2f}" for k in ("flops_base", "flops_sidekick")]
@@ -192,39 +211,48 @@ def counters(folder: Path) -> list[str]:
 
 
 def section(folder: Path, name: str, figures: str | None) -> list[str]:
-    """All rows of a benchmark, its growth and figures."""
-    rows = load(folder, name)
+    """All that a benchmark found, on each device."""
     script = SCRIPTS.get(name, f"bench_{name}.py")
     text = [f"## {TITLES[name]}", ""]
-    if not rows:
-        return [*text, f"Not measured: `python benchmarks/{script}`.", ""]
-    for row in {row["device"]: row for row in rows}.values():
-        text += [f"`{row['command']}`, {row['date']}: {described(row)}.", ""]
+    for device in DEVICES:
+        if rows := load(folder, name, device=device):
+            text += block(folder, name, rows, device, figures)
+        else:
+            more = " DEMO_FOLDERS" if name == "gain" else ""
+            command = f"`python benchmarks/{script} --device {device}{more}`"
+            text += [f"{device.upper()}: not measured; {command}.", ""]
+    return text
+
+
+def block(
+    folder: Path, name: str, rows: Sequence[Row], device: str, figures: str | None
+) -> list[str]:
+    """All rows of a benchmark on a device, their growth and figures."""
+    first = rows[0]
+    dtypes = sorted({row["dtype"] for row in rows})
+    others = [f"{package} {first[package]}" for package in OTHERS if first.get(package)]
+    surroundings = ", ".join([described(first), *others, *dtypes])
+    text = [f"`{first['command']}`, {first['date']}: {surroundings}.", ""]
     if name == "throughput":
-        text += ["Overhead measured, beside what FLOPs say:", "", *overhead(folder), ""]
-        text += ["FLOPs balance by three counters; the first is used:", "", *counters(folder), ""]
+        text += ["Overhead measured, beside what FLOPs say:", "", *overhead(rows), ""]
+        text += ["FLOPs balance by three counters; the first is used:", "", *counters(rows), ""]
         for row in (row for row in rows if row.get("part") == "determination"):
             what = f"{row['method']}s, {row['models']} models, base {row['base']}"
             text += [f"R2 of log throughput on log FLOPs, {what}: {row['r2']:.3f}.", ""]
-    hidden = ("cost", "determination", "zoo" if figures else "")
-    kinds = dict.fromkeys(row.get("part", "") for row in rows if row.get("part") not in hidden)
-    for kind in kinds:
+    kinds = dict.fromkeys(row.get("part", "") for row in rows)
+    for kind in (kind for kind in kinds if kind not in ("cost", "determination")):
         headings, lines = cells([row for row in rows if row.get("part", "") == kind])
         folded = figures is not None and len(lines) > LONG
         summary = f"<summary>{len(lines)} rows{f', {kind}' if kind else ''}</summary>"
         text += ["<details>", summary, ""] if folded else []
         text += [*table(headings, lines), "", *(["</details>", ""] if folded else [])]
-    curves = load(folder, name, "growth.jsonl")
-    if curves:
+    if curves := load(folder, name, "growth.jsonl", device):
         text += ["Growth:", "", *(f"- {growth_text(curve)}" for curve in curves), ""]
     if figures is not None:
-        drawn = [f for f in FIGURES.get(name, (f"{name}.png",)) if (folder / f).exists()]
-        text += [f"![{file}]({figures}/{file})" for file in drawn]
-    if not any(row["device"] == "cuda" for row in rows):
-        more = "" if name != "gain" else " DEMO_FOLDERS"
-        command = f"`python benchmarks/{script} --device cuda{more}`"
-        text += ["", f"CUDA: not measured; {command}."]
-    return [*text, ""]
+        files = [f"{stem(drawn, device)}.png" for drawn in FIGURES.get(name, (name,))]
+        drawn = [f"![{file}]({figures}/{file})" for file in files if (folder / file).exists()]
+        text += [*drawn, ""] if drawn else []
+    return text
 
 
 def summarize(folder: Path) -> Path:
@@ -242,26 +270,33 @@ def render(folder: Path, path: Path) -> Path:
     """Write the report, and the rows and figures that it shows into a folder beside it."""
     kept = path.parent / path.stem.lower()
     kept.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        ours = file.name.split(".")[0].removesuffix("_cuda") in (*NAMES, "figure8")
-        if ours and file.suffix in (".png", ".jsonl") and file.parent != kept:
-            shutil.copy(file, kept / file.name)
+    for name, device in itertools.product(NAMES, DEVICES):
+        if folder.samefile(kept) or not (folder / f"{stem(name, device)}.jsonl").exists():
+            continue
+        for found in (stem(found, device) for found in {name, *FIGURES.get(name, ())}):
+            for old in kept.glob(f"{found}.*"):
+                old.unlink()  # so that no figure of another run stays beside the rows
+            for file in (f"{found}.{kind}" for kind in ("jsonl", "growth.jsonl", "png")):
+                if (folder / file).exists():
+                    shutil.copy(folder / file, kept / file)
     path.write_text(report(kept))
     return path
 
 
 def report(folder: Path) -> str:
     """RESULTS.md, from the rows in a folder."""
-    rows = [row for name in NAMES for row in load(folder, name)]
+    files = itertools.product(NAMES, DEVICES)
+    rows = [row for name, device in files for row in load(folder, name, device=device)]
     profiles = sorted({row["profile"] for row in rows})
     dates = sorted({row["date"] for row in rows})
     text = [
         "# Results of the benchmarks",
         "",
         "Written by `python benchmarks/run_all.py --results benchmarks/RESULTS.md` from rows of "
-        f"the {' and '.join(profiles)} profile ({', '.join(dates)}); nothing is typed by hand. "
-        f"The rows are in [{folder.name}]({folder.name}). Every ratio is of times taken in one "
-        "process: the median, and the 20 % and 80 % quantiles over the turns.",
+        f"the {' and '.join(profiles)} profile and of gain.py ({', '.join(dates)}), which are in "
+        f"[{folder.name}]({folder.name}); nothing is typed by hand. Every ratio is of times taken "
+        "in one process: the median, and the 20 % and 80 % quantiles over the turns. How it is "
+        "measured, and what was tried where a target is missed, is in [README.md](README.md).",
         "",
         "## In short",
         "",

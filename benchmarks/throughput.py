@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_duo import DuoModule
 from lightning_duo.cost import count_flops
-from lightning_duo.throughput import costs, largest_batch, measure_throughput
+from lightning_duo.throughput import costs, largest_batch_of_pair, measure_throughput
 from lightning_duo.timing import interleave, peak_memory
 from lightning_duo.zoo import build_sidekick
 
@@ -81,9 +81,7 @@ def pair(name: str, asked: Options, compiled: bool) -> Iterator[Row]:
     base, sidekick = (build(part, asked.device) for part in name.split("+"))
     sample = torch.randn(1, 3, PIXELS, PIXELS, device=asked.device)
     counted = costs(base, sidekick, sample)
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(asked.device)
-    seconds = None if asked.device == "cuda" else 1.0
-    batch = largest_batch(duo, sample, seconds=seconds)
+    batch = largest_batch_of_pair(base, sidekick, sample)
     rows = measure_throughput(
         base,
         sidekick,
@@ -205,6 +203,10 @@ def measure(asked: Options, pairs: Sequence[str], compiled: bool) -> Iterator[Ro
     for row in zoo(base, names, asked):
         rows.append(row)
         yield row
+    if not asked.quick and asked.device == "cpu":
+        case = {"part": "zoo", "base": base, "pixels": PIXELS, "method": "not measured"}
+        for name in LARGE:
+            yield {**case, "model": name, "note": "takes too long on a CPU"}
     for method in ("single", "duo"):
         yield {
             "part": "determination",
@@ -222,7 +224,8 @@ def main() -> None:
     given: Any = made.parse_args()
     measured = partial(measure, pairs=given.pairs, compiled=not given.no_compile)
     rows = run("throughput", given, measured, GROWTH)
-    draw(rows, given.output / "figure8.png")
+    suffix = "" if given.device == "cpu" else f"_{given.device}"
+    draw(rows, given.output / f"figure8{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -286,7 +286,6 @@ def bench(
     from rich.console import Console
 
     from lightning_duo import throughput
-    from lightning_duo.module import DuoModule
     from lightning_duo.timing import environment
 
     numbers = {"classes": (classes, 1), "batch": (batch, 1), "threads": (threads, 1)}
@@ -303,9 +302,7 @@ def bench(
     counted = throughput.costs(first, second, sample)
     limit = "as asked"
     if batch is None:
-        duo = DuoModule(first, second, (1.0, 1.0)).eval().to(where)
-        longest = None if where == "cuda" else 1.0
-        batch, limit = throughput.largest_batch(duo, sample, seconds=longest)
+        batch, limit = throughput.largest_batch_of_pair(first, second, sample)
     progress = Console(stderr=True)
     with progress.status("measuring") as status:
         rows = throughput.measure_throughput(
@@ -319,6 +316,11 @@ def bench(
             budget=60,
             say=status.update if progress.is_terminal else progress.print,
         )
+    if output is not None:
+        size = list(sample.shape[1:])
+        pair = {"base": base, "sidekick": sidekick, "input_size": size, "dtype": dtype}
+        lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
+        Path(output).write_text("".join(lines))
     machine = environment(where)
     # A file or a pipe has no width of its own, and digits must not be cut.
     Console(width=None if sys.stdout.isatty() else 140).print(
@@ -328,12 +330,9 @@ def bench(
         f"{machine['torch']}; ratios: median and 20 % - 80 % of the turns.",
         sep="\n",
         highlight=False,
+        markup=False,  # what compilers say may look like it
     )
     if output is not None:
-        size = list(sample.shape[1:])
-        pair = {"base": base, "sidekick": sidekick, "input_size": size, "dtype": dtype}
-        lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
-        Path(output).write_text("".join(lines))
         print(f"wrote {output}")
 
 
@@ -344,6 +343,7 @@ def _pair_to_measure(
     import torch
 
     from lightning_duo import zoo
+    from lightning_duo.base import as_logits
 
     precision = getattr(torch, dtype)
     first, second = (
@@ -361,15 +361,25 @@ def _pair_to_measure(
         )
     sample = torch.randn(1, *size, dtype=precision, device=device)
     first, second = (model.eval().to(device, precision) for model in (first, second))
+    shapes = []
     for part, spec, model in (("base", base, first), ("sidekick", sidekick, second)):
         try:
-            with torch.inference_mode():
-                model(sample)
+            with torch.no_grad():
+                logits = as_logits(model(sample))
         except Exception as error:  # whatever a model may raise
             raise ValueError(
                 f"the {part} {spec} cannot run a sample of {_shape_text(sample)} in {dtype}: "
-                f"{error}; pass another --input_size, or a sidekick behind a transform"
+                f"{error}. If it takes another size, pass --input_size, or a sidekick behind a "
+                "transform"
             ) from error
+        if logits is None:
+            raise ValueError(f"the {part} {spec} does not return logits of shape (N, classes)")
+        shapes.append(tuple(logits.shape))
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"logits of the base {base} have shape {shapes[0]}, those of the sidekick {sidekick} "
+            f"{shapes[1]}; a duo needs models of the same classes"
+        )
     return first, second, sample
 
 

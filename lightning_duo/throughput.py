@@ -64,12 +64,12 @@ def largest_batch(
 ) -> Batch:
     """Halve the batch until one forward fits.
 
-    On CUDA a batch is tried until none runs out of memory. On the CPU, where a process that takes
-    too much is killed, its memory is predicted from batches of one and three, and may be half of
-    what is free.
+    On CUDA a batch is tried until one does not run out of memory. On the CPU, where a process that
+    takes too much is killed, its memory is predicted from batches of one and three, and may be half
+    of what is free.
 
     Args:
-        module: The largest of the models to run.
+        module: The largest of the models to run; see `largest_batch_of_pair`.
         sample: An input of batch one, on the module's device.
         most: Where to begin.
         seconds: Longest forward, predicted from a batch of one; None for any.
@@ -88,29 +88,49 @@ def largest_batch(
         return lambda: module(inputs)
 
     def fits(size: int) -> bool:
-        if sample.is_cuda:
-            try:
-                run(size)()
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                return False
-            return True
-        return free is None or used + (size - 1) * more <= SHARE_OF_MEMORY * free
+        if not sample.is_cuda:
+            return free is None or used + (size - 1) * more <= SHARE_OF_MEMORY * free
+        try:
+            run(size)()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        return True
 
     with torch.inference_mode():
-        run(1)()
-        one = interleave({"one": run(1)}, repeats=3, device=sample.device).spread("one").median
-        first, third = (peak_memory(run(size), sample.device) for size in (1, 3))
-        used, more = first or 0, max(sample.nbytes, ((third or 0) - (first or 0)) // 2)
-        free = _free_memory()
+        if not sample.is_cuda:
+            run(1)()
+            first, third = (peak_memory(run(size)) or 0 for size in (1, 3))
+            used, more, free = first, max(sample.nbytes, (third - first) // 2), _free_memory()
         size, limit = most, f"at most {most}"
         while not fits(size):
             size, limit = size // 2, "memory"
             if not size:
                 raise RuntimeError("not even one sample fits into memory; choose smaller models")
+        one = interleave({"one": run(1)}, repeats=3, device=sample.device).spread("one").median
         while seconds is not None and size > 1 and size * one > seconds:
             size, limit = size // 2, f"a forward of {seconds:g} s"
     return Batch(size, limit)
+
+
+def largest_batch_of_pair(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> Batch:
+    """The batch to measure a pair with, as `largest_batch` finds it.
+
+    On CUDA the ensemble of two bases must fit, beside what else is measured. On the CPU a forward
+    of the duo takes at most a second.
+
+    Args:
+        base: The base.
+        sidekick: The sidekick.
+        sample: An input of batch one, on their device.
+
+    Raises:
+        RuntimeError: If not even one sample fits.
+    """
+    if sample.is_cuda:
+        return largest_batch(Ensemble(base, copy.deepcopy(base)).eval(), sample)
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
+    return largest_batch(duo, sample, seconds=1.0)
 
 
 def _free_memory() -> int | None:
@@ -313,9 +333,10 @@ def costs(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any
 def throughput_table(rows: Sequence[Mapping[str, Any]], title: str) -> "Table":
     """What `measure_throughput` found, a line for each method."""
     from rich.table import Table
+    from rich.text import Text
 
     batches = sorted({row["batch"] for row in rows})
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("", no_wrap=True)
     for batch in batches:
         one = "images/s" if batch > 1 else "ms"

@@ -161,6 +161,70 @@ def test_targets_can_be_missed(tmp_path: Path) -> None:
     assert "duo / (base + sidekick), eager |  | not measured" in text
 
 
+def pair_rows(device: str, ratio: float) -> str:
+    """Rows of throughput.py for a base of 3 G and a sidekick of 1 G operations."""
+    machine = {"device": device, "hardware": "abacus", "threads": 1, "cores": 2, "torch": "2"}
+    machine |= {
+        "triton": None,
+        "python": "3",
+        "dtype": "float32",
+        "command": "python x",
+        "date": "d",
+    }
+    times = {"ms": 1.0, "ms_20": 1.0, "ms_80": 1.0, "ratio_20": 0.5, "ratio_80": 9.0, "batch": 4}
+    ratios = {"base": 1.0, "sidekick": 0.3, "duo": ratio, "2 bases": 2.1}
+    rows = [
+        {"part": "pair", "pair": "a+b", "method": name + mode, "reference": "base" + mode,
+         "ratio": value + extra, "images_per_s": 10 * value, **times}
+        for name, value in ratios.items()
+        for mode, extra in (("", 0), (", compiled", 0.1))
+    ]  # fmt: skip
+    counted = {"flops_base": 3e9, "flops_sidekick": 1e9, "balance": 1 / 3, "balance_fused": 0.25}
+    counted |= {"parameters_base": 5e6, "parameters_sidekick": 2e6, "balance_fvcore": None}
+    rows.append({"part": "cost", "pair": "a+b", "method": "c", "skipped_fvcore": None, **counted})
+    rows.append({"part": "zoo", "method": "single", "model": "m", "reference": "base", "ratio": 0.7,
+                 **times})  # fmt: skip
+    return "".join(json.dumps(row | machine) + "\n" for row in rows)
+
+
+def test_the_report_says_what_rows_say_on_each_device(tmp_path: Path) -> None:
+    assert "Throughput: not measured." in "\n".join(render.brief(tmp_path))
+    (tmp_path / "throughput.jsonl").write_text(pair_rows("cpu", 1.25))
+    (tmp_path / "throughput_cuda.jsonl").write_text(pair_rows("cuda", 1.125))
+    text = "\n".join(render.brief(tmp_path))
+    cells = "12.5 | 1.250 (0.500-9.000) | 1.350 (0.500-9.000) | 4.0 | 7.0 |"
+    assert f"| duo, a+b, batch 4 | {cells}" in text
+    assert "| duo, a+b, batch 4, CUDA | 11.2 | 1.125 (0.500-9.000) | 1.225" in text
+    assert "| 2 bases, a+b, batch 4 | 21 | 2.100 (0.500-9.000) | 2.200" in text
+    assert "| 6.0 | 10.0 |" in text
+    text = "\n".join(render.section(tmp_path, "throughput", "results"))
+    cpu, cuda = text.split("abacus (cuda)")
+    assert "| a+b | duo | 4 | 1.250 (0.500-9.000) | 1.333 |" in cpu
+    assert "| a+b | duo | 4 | 1.125 (0.500-9.000) | 1.333 |" in cuda
+    assert "| a+b | 3.00 + 1.00 | 5.0 + 2.0 | 0.3333 | 0.2500 | not measured | nothing |" in cuda
+    assert "| zoo | " in cpu
+    assert "not measured; `python benchmarks/throughput.py" not in text
+    missing = "\n".join(render.section(tmp_path, "head", "results"))
+    assert "CUDA: not measured; `python benchmarks/bench_head.py --device cuda`." in missing
+
+
+def test_figures_of_other_runs_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "throughput.png").write_text("old")
+    (tmp_path / "results" / "fit.png").write_text("kept, as its benchmark was not run")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "throughput.jsonl").write_text(
+        "".join(json.dumps(json.loads(line) | {"profile": "full"}) + "\n"
+                for line in pair_rows("cpu", 1.25).splitlines())
+    )  # fmt: skip
+    (rows / "figure8.png").write_text("new")
+    render.render(rows, tmp_path / "RESULTS.md")
+    kept = {path.name for path in (tmp_path / "results").iterdir()}
+    assert kept == {"throughput.jsonl", "figure8.png", "fit.png"}
+    assert "figure8.png](results/figure8.png)" in (tmp_path / "RESULTS.md").read_text()
+
+
 def test_the_report_in_the_repository_is_what_its_rows_say() -> None:
     assert (BENCHMARKS / "RESULTS.md").read_text() == render.report(BENCHMARKS / "results")
 

@@ -177,6 +177,11 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
             ["--sidekick", "vit_tiny_patch16_224", "--input_size", "3x32x32"],
             "the sidekick vit_tiny_patch16_224 cannot run a sample of 3x32x32",
         ),
+        (["--sidekick", "torch.nn:Identity"], "torch.nn:Identity does not return logits"),
+        (
+            ["--sidekick", "torchvision.models:resnet18", "--classes", "7"],
+            "logits of the base resnet10t have shape (1, 7), those of the sidekick",
+        ),
         (["--input_size", "wide"], "--input_size is the size of one sample"),
     ],
 )
