@@ -104,7 +104,8 @@ def _in_chunks(
     runs = [(t[run, :, None, None].unbind(1), models) for run, models in _neighbours(points)]
     most = max(len(at[0]) for at, _ in runs)
     classes = base.shape[1]
-    rows = max(1, min(CHUNK_BYTES // (dtype.itemsize * classes * most), len(targets)))
+    chunks = max(1, round(len(targets) * classes * most * dtype.itemsize / CHUNK_BYTES))
+    rows = max(1, -(-len(targets) // chunks))
     # Written over by each chunk: fresh memory would cost as much as the arithmetic.
     size = -(-rows * classes // ALIGNED) * ALIGNED
     room = torch.empty(2 * most + 2, size, dtype=dtype, device=base.device)
