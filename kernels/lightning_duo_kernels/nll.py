@@ -11,7 +11,7 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 21  # of one model's logits that are worked on at a time: they stay in the cache
 ALIGNED = 16  # matrices begin at multiples of so many numbers; else dot products take far longer
 LOG_2 = math.log(2.0)
-TINY = 1e-20  # a sum of 2^z below which float32 begins to lose its largest terms
+HUGE = 1e30  # a sum of 2^z near which float32 would overflow
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -100,7 +100,7 @@ def _in_chunks(
     dtype: torch.dtype,
 ) -> Tensor:
     t = torch.tensor([point.temperatures for point in points], dtype=dtype, device=base.device)
-    t = t / LOG_2  # exp2 takes half as long as exp, and a third as long as softmax
+    t = t / LOG_2  # as exp2 takes a third as long as exp, and half as long as softmax
     runs = [(t[run, :, None, None].unbind(1), models) for run, models in _neighbours(points)]
     most = max(len(at[0]) for at, _ in runs)
     classes = base.shape[1]
@@ -118,8 +118,9 @@ def _in_chunks(
         relative, free = here[:2], here[2:]
         a, b = relative.unbind()
         for logits, out in ((base, a), (sidekick, b)):
+            # The target's own becomes 0, so small slopes of sure models keep their digits.
             x = logits[chunk].to(dtype)
-            torch.sub(x, x.amax(dim=1, keepdim=True), out=out)
+            torch.sub(x, x.gather(1, y), out=out)
         hidden = a == -torch.inf if masked else None
         if hidden is not None:
             relative.masked_fill_(hidden, 0.0)
@@ -127,13 +128,11 @@ def _in_chunks(
         of_rows = torch.cat([of_run for of_run, _ in found], dim=1).double()
         dots = torch.stack([dot for _, dots in found for dot in dots]).view(-1, 3).T
         loss = LOG_2 * (of_rows[0].log2() - of_rows[1])
-        means = of_rows[2:]
-        mean, other = means.unbind()
+        mean, other = of_rows[2:].unbind()
         products = torch.stack([mean * mean, mean * other, other * other])
-        second = dots.double() - products.sum(dim=2)
-        means -= relative.gather(2, y.expand(2, -1, 1)).view(2, 1, -1)
+        first, second = of_rows[2:].sum(dim=2), dots.double() - products.sum(dim=2)
         unsure = (loss >= LOG_2).sum(dim=1)
-        sums += torch.cat([loss.sum(dim=1)[None], means.sum(dim=2), second, unsure[None]])
+        sums += torch.cat([loss.sum(dim=1)[None], first, second, unsure[None]])
     return sums.T
 
 
@@ -156,7 +155,7 @@ def _moments(
     """All that takes a look at every logit of a chunk, in as few operations as can be.
 
     Args:
-        a: Logits of the base less the largest of their row, shape (rows, K), 0 where masked.
+        a: Logits of the base less that of the target, shape (rows, K), 0 where masked.
         b: Those of the sidekick.
         y: Targets, shape (rows, 1).
         t: Temperatures for base and sidekick over log 2, each of shape (points, 1, 1).
@@ -165,9 +164,9 @@ def _moments(
         free: Two matrices of shape (rows, K) or more for each point, to work in.
 
     Returns:
-        With z = t * a + t * b, less its largest in a row if need be: for each row the sum of 2^z,
-        z of the target, E[a] and E[b], shape (4, points, rows); and for each point in turn the sums
-        over the rows of E[aa], E[ab], E[bb].
+        With z = t * a + t * b, less its largest in a row where that is large: for each row the sum
+        of 2^z, z of the target, E[a] and E[b], shape (4, points, rows); and for each point in turn
+        the sums over the rows of E[aa], E[ab], E[bb].
     """
     use_base, use_sidekick = models
     points = len(t[0])
@@ -178,7 +177,7 @@ def _moments(
     if hidden is not None:
         z.masked_fill_(hidden, -torch.inf)
     total = torch.exp2(z, out=p).sum(dim=2)
-    if total.amin() < TINY:  # the models disagree: no class is near the largest of both
+    if not total.amax() < HUGE:
         z.sub_(z.amax(dim=2, keepdim=True))
         total = torch.exp2(z, out=p).sum(dim=2)
     of_target = z.gather(2, y.expand(points, -1, 1)).squeeze(2)
