@@ -37,7 +37,8 @@ MEANINGS = {
     "workers": "processes that read data; 0: the training process does",
     "steps": "training batches of a run",
     "kept_bytes": "what the metric keeps of a sample",
-    "flops": "operations of a forward over the base's",
+    "flops": "operations of a forward, a multiply-add counting two; in the gain over the base's",
+    "duo_of_parts": "time of the duo over that of base and model together",
     "nll_change": "NLL over that of the base with one temperature, less 1; other changes likewise",
 }
 LONG = 20  # lines of a table that is folded away

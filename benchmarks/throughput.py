@@ -174,10 +174,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             label = row["model"].removeprefix("torchvision/")
             axes.annotate(label, (a, b), fontsize=4.5, xytext=(2, 2), textcoords="offset points")
         base = chosen[0]["base"].removeprefix("torchvision/")
+        what = "single models" if method == "single" else f"duos with {base}"
         r2 = determination(rows, method)
-        axes.set_title(f"{method}s with {base}: R2 = {r2:.3f} (log-log)", fontsize=9)
+        axes.set_title(f"{what}: R2 = {r2:.3f} (log-log)", fontsize=9)
         if method == "single":
-            axes.set(xscale="log", yscale="log", title=f"single models: R2 = {r2:.3f} (log-log)")
+            axes.set(xscale="log", yscale="log")
         axes.set(xlabel="FLOPs / base's", ylabel="throughput / base's")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
