@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def figure(curves: Sequence[Row], path: Path, title: str) -> None:
 def described(machine: Mapping[str, Any]) -> str:
     """The machine of a row in a line."""
     return (
-        f"{machine['hardware']} ({machine['device']}), {machine['threads']} threads of "
+        f"{machine['hardware']} ({machine['device']}), threads: {machine['threads']} of "
         f"{machine['cores']} cores, torch {machine['torch']}, triton {machine['triton']}, "
         f"Python {machine['python']}"
     )
@@ -151,7 +152,7 @@ def ratio_cell(row: Mapping[str, Any]) -> str:
 
 def columns(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that are neither times nor the machine."""
-    known = {*TIMES, *MACHINE, "benchmark", "profile", "date", "command"}
+    known = {*TIMES, *MACHINE, "benchmark", "profile", "date", "command", "commit"}
     if len({row.get("dtype") for row in rows}) == 1:
         known.add("dtype")
     return [c for c in dict.fromkeys(key for row in rows for key in row) if c not in known]
@@ -215,6 +216,7 @@ def run(
     common = {"benchmark": name, "profile": "quick" if asked.quick else "full"}
     common["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     common["command"] = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *asked.given])
+    common["commit"] = commit()
     rows: list[Row] = []
     with (given.output / f"{stem}.jsonl").open("w") as file:
         for row in measure(asked):
@@ -233,6 +235,16 @@ def run(
     for curve in curves:
         print(growth_text(curve))
     return rows
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "-dirty" if files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def growth_text(curve: Mapping[str, Any]) -> str:

@@ -152,6 +152,11 @@ def brief(folder: Path) -> list[str]:
         ]
         what = "NLL, % of the scaled base's, by seed", "AURC, likewise"
         text += ["", *table(("solar cells, test split", "FLOPs / base", *what), changes)]
+        text += [
+            "",
+            "The last table is of the models of `make demo` on a small test split: the "
+            "README of the project says what such gains are worth.",
+        ]
     return text
 
 
@@ -232,7 +237,8 @@ def block(
     first = rows[0]
     dtypes = sorted({row["dtype"] for row in rows})
     others = [f"{package} {first[package]}" for package in OTHERS if first.get(package)]
-    surroundings = ", ".join([described(first), *others, *dtypes])
+    code = [f"code of {first['commit']}"] if first.get("commit") else []
+    surroundings = ", ".join([described(first), *others, *dtypes, *code])
     text = [f"`{first['command']}`, {first['date']}: {surroundings}.", ""]
     if name == "throughput":
         text += ["Overhead measured, beside what FLOPs say:", "", *overhead(rows), ""]

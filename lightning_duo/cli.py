@@ -140,7 +140,10 @@ def _check_outputs(outputs: dict[str, tuple[str | None, str]], resamples: int | 
             raise ValueError(f"{option} is named *{suffix}, got {path}")
         if suffix == ".html":
             check_matplotlib()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{option} {path} cannot be written: {error}") from error
 
 
 def _cost(
@@ -272,11 +275,12 @@ def bench(
         input_size: Size of one sample, such as 3x224x224; by default the one the base states.
         classes: Number of classes of models given by name.
         batch: Samples in a batch for the throughput; by default 128, halved until a forward fits
-            into memory and, on a CPU, takes no more than a second. Latency is that of one sample.
+            into memory and, on a CPU, the duo's takes a second, as estimated from one sample.
+            Latency is that of one sample.
         dtype: Precision of weights and inputs.
         device: Where to measure; auto is CUDA if there is a GPU.
         threads: Threads that PyTorch may use; as many as it takes by itself if omitted.
-        repeats: Turns of each measurement, at least 3.
+        repeats: Turns of each measurement, at least 3; fewer where a minute would not do for them.
         compiled: Also measure under torch.compile and AOTInductor, which takes minutes and needs a
             C++ compiler.
         output: File to write, *.jsonl: a JSON object a line with every figure, its spread and the
@@ -322,12 +326,17 @@ def bench(
         lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
         Path(output).write_text("".join(lines))
     machine = environment(where)
+    turns = min(row["readings"] for row in rows if "readings" in row)
     # A file or a pipe has no width of its own, and digits must not be cut.
     Console(width=None if sys.stdout.isatty() else 140).print(
         throughput.throughput_table(rows, f"{base} + {sidekick}, {_shape_text(sample)}, {dtype}"),
         *throughput.overhead_text(rows, counted),
-        f"Batch {batch}: {limit}. {machine['hardware']}, {machine['threads']} threads, PyTorch "
-        f"{machine['torch']}; ratios: median and 20 % - 80 % of the turns.",
+        f"Batch {batch}: {limit}; --batch sets another. {machine['hardware']}, threads: "
+        f"{machine['threads']}, PyTorch {machine['torch']}.",
+        f"Time / base is taken in each of {turns} turns or more: median, and 20 % - 80 %. Times "
+        "and throughputs are medians of their own and drift with what else runs: do not divide "
+        "them. "
+        "What is compiled is set against the compiled base.",
         sep="\n",
         highlight=False,
         markup=False,  # what compilers say may look like it
@@ -369,8 +378,8 @@ def _pair_to_measure(
         except Exception as error:  # whatever a model may raise
             raise ValueError(
                 f"the {part} {spec} cannot run a sample of {_shape_text(sample)} in {dtype}: "
-                f"{error}. If it takes another size, pass --input_size, or a sidekick behind a "
-                "transform"
+                f"{str(error).rstrip('.')}. If it takes another size, pass that as --input_size, "
+                "or a sidekick behind a transform"
             ) from error
         if logits is None:
             raise ValueError(f"the {part} {spec} does not return logits of shape (N, classes)")

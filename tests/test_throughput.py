@@ -164,6 +164,7 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
     assert "FLOPs balance" in run.stdout
     assert "2 bases" in run.stdout
     assert "batch 2: measuring" in run.stderr
+    assert f"each of {min(row['readings'] for row in rows)} turns" in " ".join(run.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,7 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
         (["--batch", "0"], "--batch is a number of at least 1, got 0"),
         (["--repeats", "1"], "--repeats is a number of at least 3, got 1"),
         (["--output", "rows.csv"], r"--output is named *.jsonl, got rows.csv"),
+        (["--output", "/dev/null/rows.jsonl"], "--output /dev/null/rows.jsonl cannot be written"),
         (["--input_size", "3x32"], "the base resnet10t cannot run a sample of 3x32"),
         (
             ["--sidekick", "vit_tiny_patch16_224", "--input_size", "3x32x32"],
