@@ -316,7 +316,7 @@ def bookkeeping(batch: int, steps: int) -> Row:
 def measure(asked: Options, workers: int, ranks: Sequence[int]) -> Iterator[Row]:
     """Rows of all cases, then with a worker, several processes, and of the bookkeeping."""
     quiet()
-    cases = (SMALL._replace(steps=4),) if asked.quick else CASES
+    cases = (SMALL._replace(steps=8),) if asked.quick else CASES
     with tempfile.TemporaryDirectory() as folder:
         needed = max(case.batch * case.steps * 5 // 4 for case in cases) * max((2, *ranks))
         files = write_files(Path(folder), needed)

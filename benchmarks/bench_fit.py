@@ -40,10 +40,9 @@ Found: TypeAlias = tuple[float, float, int]
 
 OURS, ONE = "fit_temperatures", "torch-uncertainty"
 PROFILED = ((2500, 1000), (7000, 257))
-QUICK = ((2500, 10), (2500, 100), PROFILED[0])
+QUICK = ((2500, 10), (2500, 100), *PROFILED)
 SIZES = (
     *QUICK,
-    PROFILED[1],
     (7000, 1000),
     (50_000, 257),
     *((samples, 10) for samples in (10_000, 100_000, 1_000_000)),
