@@ -52,7 +52,8 @@ def main() -> None:
     summarize(given.output)
     print(f"Summary: {given.output / 'summary.md'}")
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; see above. No report was written")
+        unwritten = f"; {given.results} is as it was" if given.results else ""
+        raise SystemExit(f"failed: {', '.join(failed)}; see above{unwritten}")
     if given.results:
         render(given.output, given.results)
 

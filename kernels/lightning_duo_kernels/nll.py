@@ -58,9 +58,8 @@ def nll_sums(
 ) -> Tensor:
     """Evaluate the NLL, its gradient and its curvature at all points in one read of the logits.
 
-    On CUDA this is one Triton kernel; elsewhere plain PyTorch over chunks that stay in the cache,
-    which `torch.compile` does not beat: the time goes into the exponentials. The sums are float64;
-    the extra memory is a few tens of MB whatever the number of samples.
+    On CUDA this is one Triton kernel; elsewhere plain PyTorch over chunks that stay in the cache.
+    The sums are float64; the extra memory is a few tens of MB whatever the number of samples.
 
     Args:
         base: Logits of the base, shape (N, K), any floating dtype, no NaN.
