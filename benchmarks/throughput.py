@@ -15,15 +15,15 @@ Source: Asymmetric Duos, App. A.1 (the zoo) and App. B (figure 8).
 """
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Growth, Options, Row, described, parser, run
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_duo import DuoModule
 from lightning_duo.cost import count_flops
@@ -150,10 +150,10 @@ def zoo(base_name: str, names: Sequence[str], asked: Options) -> Iterator[Row]:
 def determination(rows: Sequence[Row], method: str) -> float:
     """R2 of log throughput on log FLOPs: the square of their correlation."""
     chosen = [row for row in rows if row.get("part") == "zoo" and row["method"] == method]
-    pairs: Tensor = torch.tensor(
-        [[math.log(row["relative_flops"]), math.log(row["relative_throughput"])] for row in chosen]
+    flops, throughput = (
+        np.log([row[f"relative_{value}"] for row in chosen]) for value in ("flops", "throughput")
     )
-    return float(torch.corrcoef(pairs.double().T)[0, 1] ** 2)
+    return float(np.corrcoef(flops, throughput)[0, 1] ** 2)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -14,6 +14,8 @@ import run_all
 import throughput as pairs
 import torch
 from harness import Options
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_duo.timing import Timing
@@ -76,14 +78,33 @@ def test_throughput_is_set_against_flops(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["relative_flops"] for row in last] == [1, 2]
     for row in rows:
         assert row["relative_throughput"] == pytest.approx(1 / row["ratio"])
-    singles = [row for row in rows if row["method"] == "single"]
-    logs = [np.log([row[f"relative_{x}"] for row in singles]) for x in ("flops", "throughput")]
-    assert pairs.determination(rows, "single") == pytest.approx(np.corrcoef(*logs)[0, 1] ** 2)
     machine = {"hardware": "-", "device": "cpu", "threads": 1, "cores": 1}
     machine |= {"torch": "-", "triton": "-", "python": "-"}
     pairs.draw([{**row, **machine} for row in rows], tmp_path / "figure8.png")
     with Image.open(tmp_path / "figure8.png") as image:
         assert image.size[0] > 1000
+
+
+@given(
+    points=st.lists(
+        st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+        min_size=3,
+        max_size=30,
+        unique_by=(lambda point: round(point[0], 2), lambda point: round(point[1], 2)),
+    )
+)
+def test_determination_is_that_of_the_least_squares_line(
+    points: list[tuple[float, float]],
+) -> None:
+    rows = [
+        {"part": "zoo", "method": "duo", "relative_flops": flops, "relative_throughput": throughput}
+        for flops, throughput in points
+    ]
+    ignored = {**rows[0], "method": "single"}, {"part": "growth", "method": "duo"}
+    x, y = np.log(np.array(points)).T
+    slope, offset = np.polyfit(x, y, 1)
+    want = 1 - ((y - slope * x - offset) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert pairs.determination([*rows, *ignored], "duo") == pytest.approx(want, abs=1e-9)
 
 
 def test_the_gain_is_that_of_the_demos_models(
