@@ -26,8 +26,8 @@ from harness import Growth, Options, Row, described, parser, run
 from torch import nn
 
 from lightning_duo import DuoModule
-from lightning_duo.cost import count_flops
-from lightning_duo.throughput import costs, largest_batch_of_pair, measure_throughput
+from lightning_duo.cost import compare_counters, count_flops
+from lightning_duo.throughput import largest_batch_of_pair, measure_throughput
 from lightning_duo.timing import interleave, peak_memory
 from lightning_duo.zoo import build_sidekick
 
@@ -80,7 +80,7 @@ def pair(name: str, asked: Options, compiled: bool) -> Iterator[Row]:
     """Rows of one pair, at batch 1 and at the largest that fits."""
     base, sidekick = (build(part, asked.device) for part in name.split("+"))
     sample = torch.randn(1, 3, PIXELS, PIXELS, device=asked.device)
-    counted = costs(base, sidekick, sample)
+    counted = compare_counters(base, sidekick, sample)
     batch = largest_batch_of_pair(base, sidekick, sample)
     rows = measure_throughput(
         base,
@@ -192,7 +192,7 @@ def measure(asked: Options, pairs: Sequence[str], compiled: bool) -> Iterator[Ro
         yield from pair(name, asked, compiled)
     for name in COUNTED:
         parts = [build(part, asked.device) for part in name.split("+")]
-        counted = costs(*parts, torch.randn(1, 3, PIXELS, PIXELS, device=asked.device))
+        counted = compare_counters(*parts, torch.randn(1, 3, PIXELS, PIXELS, device=asked.device))
         yield {"part": "cost", "pair": name, "method": "counters", **counted}
     yield from growth(QUICK_PAIRS[0], asked)
     rows = []

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,3 +157,34 @@ def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> f
     if balance is None:
         raise ValueError("the base does no convolution or matrix product, so there is no balance")
     return balance
+
+
+def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any]:
+    """Operations and parameters, and what other ways of counting would say.
+
+    Args:
+        base: The base.
+        sidekick: The sidekick.
+        sample: An input of batch one.
+
+    Returns:
+        The fields of `Cost` and ``balance``; ``balance_fused``, counted while attention runs fused,
+        which hides its products from the counter; ``balance_fvcore`` and ``skipped_fvcore``, the
+        operations that fvcore could not count (None if it is missing or cannot trace the models).
+    """
+    cost = measure_cost(base, sidekick, sample)
+    fused = Cost(
+        count_flops(base, sample, fused=True),
+        count_flops(sidekick, sample, fused=True),
+        cost.parameters_base,
+        cost.parameters_sidekick,
+    )
+    found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
+    try:
+        (first, one), (second, other) = (
+            count_flops_fvcore(model, sample) for model in (base, sidekick)
+        )
+    except Exception:  # a second opinion only; it cannot trace every model
+        return {**found, "balance_fvcore": None, "skipped_fvcore": None}
+    skipped = sorted({*one, *other})
+    return {**found, "balance_fvcore": second / max(first, 1), "skipped_fvcore": skipped}

@@ -5,19 +5,15 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_duo.base import as_logits
-from lightning_duo.cost import Cost, count_flops, count_flops_fvcore, measure_cost
 from lightning_duo.export import export_duo
 from lightning_duo.module import DuoModule
 from lightning_duo.timing import environment, interleave, peak_memory
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 MOST_IMAGES = 128  # in a batch, as in the paper (App. A.2)
 SHARE_OF_MEMORY = 0.5  # of what the system has free, that one forward may take
@@ -297,141 +293,3 @@ def _exported(
 
 def _load_program(path: str) -> nn.Module:
     return torch.export.load(path).module()
-
-
-def costs(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any]:
-    """Operations and parameters, and what other ways of counting would say.
-
-    Args:
-        base: The base.
-        sidekick: The sidekick.
-        sample: An input of batch one.
-
-    Returns:
-        The fields of `Cost` and ``balance``; ``balance_fused``, counted while attention runs fused,
-        which hides its products from the counter; ``balance_fvcore`` and ``skipped_fvcore``, the
-        operations that fvcore could not count (None if it is missing or cannot trace the models).
-    """
-    cost = measure_cost(base, sidekick, sample)
-    fused = Cost(
-        count_flops(base, sample, fused=True),
-        count_flops(sidekick, sample, fused=True),
-        cost.parameters_base,
-        cost.parameters_sidekick,
-    )
-    found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
-    try:
-        (first, one), (second, other) = (
-            count_flops_fvcore(model, sample) for model in (base, sidekick)
-        )
-    except Exception:  # a second opinion only; it cannot trace every model
-        return {**found, "balance_fvcore": None, "skipped_fvcore": None}
-    skipped = sorted({*one, *other})
-    return {**found, "balance_fvcore": second / max(first, 1), "skipped_fvcore": skipped}
-
-
-def throughput_table(rows: Sequence[Mapping[str, Any]], title: str) -> "Table":
-    """What `measure_throughput` found, a line for each method."""
-    from rich.table import Table
-    from rich.text import Text
-
-    batches = sorted({row["batch"] for row in rows})
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("", no_wrap=True)
-    for batch in batches:
-        one = "images/s" if batch > 1 else "ms"
-        table.add_column(f"{one}, batch {batch}", justify="right")
-        table.add_column("time / base", justify="right", no_wrap=True)
-    for name in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for batch in batches:
-            row = find(rows, name, batch=batch)
-            if "not_measured" in row:
-                cells += ["-", "not measured"]
-                continue
-            cells += [f"{row['images_per_s' if batch > 1 else 'ms']:.4g}", ratio_text(row)]
-        table.add_row(name, *cells)
-    return table
-
-
-def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> list[str]:
-    """What the rows say of the duo's overhead, beside what its FLOPs say, in sentences.
-
-    Args:
-        rows: What `measure_throughput` found.
-        counted: What `costs` found.
-    """
-    batch = max(row["batch"] for row in rows)
-    measured = {row["method"] for row in rows if "not_measured" not in row}
-    text = _counted_text(counted)
-    for mode in ("", COMPILED):
-        both = f"base{mode} + sidekick{mode}"
-        if {"base" + mode, "sidekick" + mode, "duo" + mode} <= measured:
-            of_base = find(rows, "duo" + mode, "base" + mode, batch=batch)
-            of_both = find(rows, "duo" + mode, both, batch=batch)
-            text.append(
-                f"Measured{mode or ', as it is'}, batch {batch}: duo / base {ratio_text(of_base)}, "
-                f"duo / (base + sidekick) {ratio_text(of_both)}."
-            )
-    ensemble = find(rows, ENSEMBLE, batch=batch)
-    text.append(f"An ensemble of two bases takes {ratio_text(ensemble)} times as long as one.")
-    failed: dict[str, dict[str, None]] = {}  # what one reason kept from being measured, once each
-    for row in rows:
-        if "not_measured" in row:
-            failed.setdefault(row["not_measured"], {})[row["method"]] = None
-    return [*text, *(f"Not measured: {'; '.join(names)}: {why}" for why, names in failed.items())]
-
-
-def _counted_text(counted: Mapping[str, Any]) -> list[str]:
-    """FLOPs, parameters and FLOPs balance, and where other counters disagree."""
-    flops, parameters = (
-        [short_count(counted[f"{what}_{model}"]) for model in ("base", "sidekick")]
-        for what in ("flops", "parameters")
-    )
-    text = [
-        f"FLOPs of one sample: base {flops[0]}, sidekick {flops[1]} (a multiply-add is two); "
-        f"parameters {parameters[0]} and {parameters[1]}."
-    ]
-    balance = counted["balance"]
-    if balance is None:
-        return text
-    text.append(
-        f"FLOPs balance {balance:.3f}: the duo should take {1 + balance:.3f} times as long."
-    )
-    others = {
-        "fvcore": counted["balance_fvcore"],
-        "PyTorch with attention fused": counted["balance_fused"],
-    }
-    for name, other in others.items():
-        if other is not None and abs(other - balance) > 0.01 * balance:
-            skipped = ", ".join(counted["skipped_fvcore"] or ()) if name == "fvcore" else ""
-            missing = f", without {skipped}" if skipped else ""
-            text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
-    return text
-
-
-def short_count(number: float) -> str:
-    """A count in three digits.
-
-    Example:
-        >>> short_count(2690), short_count(88_591_464), short_count(999_900)
-        ('2.69 k', '88.6 M', '1 M')
-    """
-    for unit in ("", " k", " M", " G"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} T"
-
-
-def find(
-    rows: Sequence[Mapping[str, Any]], method: str, reference: str | None = None, **case: Any
-) -> Mapping[str, Any]:
-    """The first row of a method, against a reference, with these values."""
-    wanted = {"method": method, **({} if reference is None else {"reference": reference}), **case}
-    return next(row for row in rows if wanted.items() <= row.items())
-
-
-def ratio_text(row: Mapping[str, Any]) -> str:
-    """A ratio with its 20 % and 80 % quantiles."""
-    return f"{row['ratio']:.3f} ({row['ratio_20']:.2f}-{row['ratio_80']:.2f})"

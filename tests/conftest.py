@@ -3,8 +3,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+
+# The same examples in every run, however slow the machine is.
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.load_profile("seeded")
 
 
 @pytest.fixture(autouse=True)

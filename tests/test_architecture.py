@@ -34,6 +34,7 @@ ORDER = [
     "cost",
     "timing",
     "throughput",
+    "throughput_text",
     "state",
     "pair",
     "checks",
@@ -44,6 +45,8 @@ ORDER = [
     "report_figures",
     "report",
     "callback",
+    "options",
+    "cli_bench",
     "cli",
 ]
 

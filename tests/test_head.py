@@ -93,7 +93,7 @@ def test_nothing_beyond_the_tensor_is_used() -> None:
         assert_same_as_float64(base, sidekick, torch.tensor([1.0, 0.5]), False)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(0, 1000), st.integers(1, 40), st.floats(-1e3, 1e3), st.floats(0, 5), st.floats(0, 5)
 )

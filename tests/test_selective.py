@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve
 from torch import Tensor
@@ -52,7 +52,6 @@ def errors_by_rank(pairs: list[tuple[float, bool]]) -> list[Fraction]:
     return found
 
 
-@settings(deadline=None)
 @given(samples)
 def test_against_brute_force(pairs: list[tuple[float, bool]]) -> None:
     confidence, correct = split(pairs)
@@ -73,7 +72,6 @@ def test_against_brute_force(pairs: list[tuple[float, bool]]) -> None:
     assert float(selective.augrc(confidence, correct)) == pytest.approx(float(area / count**2))
 
 
-@settings(deadline=None)
 @given(samples)
 def test_generalized_curve_against_brute_force(pairs: list[tuple[float, bool]]) -> None:
     confidence, correct = split(pairs)
@@ -86,7 +84,6 @@ def test_generalized_curve_against_brute_force(pairs: list[tuple[float, bool]]) 
     assert float(selective.augrc(confidence, correct)) == pytest.approx(area, rel=1e-12)
 
 
-@settings(deadline=None)
 @given(samples, st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.98, 1.0]))
 def test_coverage_at_accuracy_against_every_threshold(
     pairs: list[tuple[float, bool]], accuracy: float
@@ -102,7 +99,6 @@ def test_coverage_at_accuracy_against_every_threshold(
     )
 
 
-@settings(deadline=None)
 @given(samples)
 def test_correctness_auroc_against_scikit_learn(pairs: list[tuple[float, bool]]) -> None:
     confidence, correct = split(pairs)
@@ -114,7 +110,6 @@ def test_correctness_auroc_against_scikit_learn(pairs: list[tuple[float, bool]])
         assert float(selective.correctness_auroc(confidence, correct)) == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(samples, st.sampled_from([0.05, 0.5, 0.75, 0.8, 0.95, 1.0]))
 @ONE_SIDED
 def test_fpr_at_tpr_against_every_threshold(pairs: list[tuple[float, bool]], tpr: float) -> None:
@@ -151,7 +146,6 @@ def test_brier_scores_against_one_hot_and_scikit_learn() -> None:
     assert half.equal(exact)  # summed in float64
 
 
-@settings(deadline=None)
 @given(samples, st.randoms())
 @pytest.mark.parametrize("name", FUNCTIONS)
 @ONE_SIDED

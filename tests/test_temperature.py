@@ -244,7 +244,7 @@ def test_processes_together_fit_what_one_would(masks: str) -> None:
     assert found[0].temperatures == pytest.approx(alone.temperatures, rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(seed=4201660, count=28, classes=10, margins=(0, 3), scales=(0, -0.5), rounded=True)
 @given(
     seed=st.integers(0, 2**31),
@@ -444,7 +444,6 @@ def test_finite_masks_that_cannot_be_masks_are_warned_of() -> None:
         fit_temperatures(*hidden, targets)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(-30, 30))
 def test_wide_logits_have_no_masks(seed: int, power: float) -> None:
     """Temperatures scale inversely with logits, however large: none is taken for a mask."""

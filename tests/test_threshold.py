@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_logits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import binom
@@ -72,7 +72,6 @@ def slow_thresholds(pairs: Pairs, accuracy: str, delta: float) -> float:
     return values[group]
 
 
-@settings(deadline=None)
 @given(samples, st.sampled_from(["0.1", "0.5", "0.75", "0.9", "0.98", "1.0"]))
 @NOTHING
 def test_without_delta_against_every_threshold(pairs: Pairs, accuracy: str) -> None:
@@ -132,7 +131,6 @@ def test_with_delta_against_tests_one_by_one(count: int, levels: int) -> None:
                 assert found.accuracy_bound == float(accuracy)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.sampled_from([4, 50, 10**6]), st.integers(0, 10**6))
 @NOTHING
 def test_a_guarantee_ignores_order_and_costs_coverage(count: int, levels: int, seed: int) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_duo import cost, throughput
-from lightning_duo.throughput import Ensemble, costs, largest_batch, measure_throughput
+from lightning_duo.cost import compare_counters
+from lightning_duo.throughput import Ensemble, largest_batch, measure_throughput
+from lightning_duo.throughput_text import find, overhead_text, ratio_text, throughput_table
 from lightning_duo.timing import Timing
 from lightning_duo.zoo import input_size
 
@@ -63,9 +65,9 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
         assert row["ratio_20"] <= row["ratio"] <= row["ratio_80"]
         assert row["torch"]
     assert "exporting: aoti" in said
-    text = "\n".join(throughput.overhead_text(rows, costs(*pair())))
-    row = throughput.find(rows, "duo", "base + sidekick", batch=4)
-    assert f"duo / (base + sidekick) {throughput.ratio_text(row)}" in text
+    text = "\n".join(overhead_text(rows, compare_counters(*pair())))
+    row = find(rows, "duo", "base + sidekick", batch=4)
+    assert f"duo / (base + sidekick) {ratio_text(row)}" in text
 
 
 class Branching(nn.Module):
@@ -91,11 +93,11 @@ def test_what_cannot_be_exported_or_compiled_is_reported(monkeypatch: pytest.Mon
     assert {"duo, exported", "duo, AOTInductor", "base, compiled"} < set(failed)
     measured = {(row["method"], row["reference"]) for row in rows if "ms" in row}
     assert {("duo", "base"), ("duo", "base + sidekick"), ("2 bases", "base")} <= measured
-    text = throughput.overhead_text(rows, costs(base, sidekick, sample))
+    text = overhead_text(rows, compare_counters(base, sidekick, sample))
     names = "base, compiled; sidekick, compiled; duo, compiled; 2 bases, compiled"
     assert f"Not measured: {names}: RuntimeError: no C++ compiler" in text
     assert not any("Measured, compiled" in line for line in text)
-    assert throughput.throughput_table(rows, "").row_count == 10
+    assert throughput_table(rows, "").row_count == 10
 
 
 def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
