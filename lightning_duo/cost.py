@@ -1,7 +1,7 @@
 """What a duo costs: operations and parameters of its two models."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ def count_flops(
     try:
         with (
             evaluating(module),
+            _frozen(module),
             nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
@@ -68,6 +69,23 @@ def count_flops(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters that want no gradient, for a while.
+
+    PyTorch's counter expects to find the graph of what does, and without gradients a view of a
+    parameter has none: it fails on learned queries, such as SigLIP's pooling.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def count_flops_fvcore(module: nn.Module, example_input: Any) -> tuple[int, list[str]]:

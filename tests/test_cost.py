@@ -5,7 +5,7 @@ import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 from helpers import small_net
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_duo.cost import count_flops, flops_balance
 
@@ -25,6 +25,27 @@ def test_against_fvcore(name: str) -> None:
     fresh = timm.create_model(name).train()
     assert count_flops(fresh, x) == pytest.approx(2 * expected, rel=0.01)
     assert fresh.training
+
+
+def test_learned_queries_are_counted() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.zeros(3, 10))
+            self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+            self.project = nn.Linear(10, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(self.query.expand(len(x), -1, -1)) + x
+
+    pool = Pool()
+    assert count_flops(pool, torch.zeros(2, 1, 1)) == 2 * 2 * 3 * 10 * 5
+    wanted = {name: parameter.requires_grad for name, parameter in pool.named_parameters()}
+    assert [name for name, wants in wanted.items() if not wants] == ["frozen"]
+    fails = torch.zeros(2, 4, 4)
+    with pytest.raises(RuntimeError, match="must match"):
+        count_flops(pool, fails)
+    assert pool.query.requires_grad
 
 
 def test_fused_attention_is_counted() -> None:
