@@ -54,6 +54,28 @@ def test_against_float64(classes: int, dtype: torch.dtype, uq_only: bool, device
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("uq_only", [False, True])
+@pytest.mark.parametrize("return_probs", [False, True])
+def test_many_rows_give_what_each_gives_alone(
+    return_probs: bool, uq_only: bool, device: str
+) -> None:
+    base, sidekick, _ = make_logits(70, 4099, seed=5, device=device)
+    base[40:60, ::3], sidekick[:, 500:510], base[::7, 3] = -INF, -INF, NAN
+    t = torch.tensor([1.3, 0.4], device=device)
+    how = {"return_probs": return_probs, "uq_only": uq_only}
+    # Every other row of taller tensors, so that rows are not next to each other.
+    tall = [torch.stack([x, -x], dim=1).flatten(0, 1)[::2] for x in (base, sidekick)]
+    found = duo_head(*tall, t, **how)
+    assert (found.probs is not None) == return_probs
+    for row in (0, 7, 31, 32, 50, 69):
+        alone = duo_head(base[row : row + 1], sidekick[row : row + 1], t, **how)
+        for result, expected in zip(found, alone, strict=True):
+            if expected is not None:
+                here = result[row : row + 1]
+                torch.testing.assert_close(here, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [7, 1000, 1003, 20001])
 @pytest.mark.parametrize("layout", ["padded", "unlike", "transposed", "expanded", "offset"])
 def test_strided_logits(layout: str, classes: int, device: str) -> None:

@@ -100,6 +100,9 @@ def head_operator(
             from lightning_duo_kernels.head_triton import launch_head
 
             return launch_head(base, sidekick, temperatures, return_probs, uq_only)
+    plain = type(base) is Tensor and base.device.type == "cpu"  # not so where it is compiled
+    if plain and base.numel() > composite.CHUNK:
+        return composite.head_by_rows(base, sidekick, temperatures, return_probs, uq_only)
     return composite.head(base, sidekick, temperatures, return_probs, uq_only)
 
 
