@@ -146,7 +146,7 @@ def _cost(
     second = build_model("sidekick_model", sidekick, classes)
     try:
         return measure_cost(first, second, torch.zeros(1, *parse_size(input_size)))
-    except RuntimeError as error:
+    except Exception as error:  # whatever a model may raise
         raise ValueError(
             f"{base} and {sidekick} cannot run a sample of --input_size {input_size}: {error}"
         ) from error

@@ -1,11 +1,19 @@
 """`lightning-duo bench`: what a duo of two models costs on this machine."""
 
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_duo.options import build_model, check_numbers, check_outputs, parse_size
+from lightning_duo.options import (
+    build_model,
+    check_numbers,
+    check_outputs,
+    is_function,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,12 +71,14 @@ def bench(
 
     check_numbers(
         {
-            "--classes": (classes, 1),
+            "--classes": (classes, 2),
             "--batch": (batch, 1),
             "--threads": (threads, 1),
             "--repeats": (repeats, 3),
         }
     )
+    if threads is not None and threads > (cores := os.cpu_count() or 1):
+        raise ValueError(f"--threads is at most the number of cores, {cores}, got {threads}")
     check_outputs({"--output": (output, ".jsonl")})
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
@@ -76,12 +86,19 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     first, second, sample = _pair_to_measure(base, sidekick, input_size, classes, where, dtype)
+    free = throughput.free_memory()
+    if batch is not None and free is not None and batch * sample.nbytes > free:
+        raise ValueError(
+            f"--batch {batch}: such a batch of {_shape_text(sample)} takes "
+            f"{batch * sample.nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+        )
     counted = compare_counters(first, second, sample)
     limit = "as asked"
     if batch is None:
         batch, limit = throughput.largest_batch_of_pair(first, second, sample)
     progress = Console(stderr=True)
-    with progress.status("measuring") as status:
+    with progress.status("measuring") as status, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters, on what they do with the models' parts
         rows = throughput.measure_throughput(
             first,
             second,
@@ -131,43 +148,56 @@ def _pair_to_measure(
     size: tuple[int, ...] | None = None
     if input_size:
         size = tuple(parse_size(input_size))
-    elif ":" not in base:
+    elif not is_function(base):
         size = stated_size(base, first)
     if size is None:
         raise ValueError(
             f"{base} does not state the size of its inputs; pass --input_size 3x224x224"
         )
     sample = torch.randn(1, *size, dtype=precision, device=device)
-    first, second = (model.eval().to(device, precision) for model in (first, second))
-    one = _shape_of_logits(f"base {base}", first, sample)
-    other = _shape_of_logits(f"sidekick {sidekick}", second, sample)
+    one = _classes(f"base {base}", first, sample)
+    other = _classes(f"sidekick {sidekick}", second, sample)
     if one != other:
         raise ValueError(
-            f"logits of the base {base} have shape {one}, those of the sidekick {sidekick} "
-            f"{other}; a duo needs models of the same classes"
+            f"the base {base} has {one} classes and the sidekick {sidekick} {other}; a duo needs "
+            "models of the same classes"
         )
     return first, second, sample
 
 
-def _shape_of_logits(name: str, model: "nn.Module", sample: "Tensor") -> tuple[int, ...]:
-    """The shape of what a model returns; whatever keeps it from that is an error that names it."""
+def _classes(name: str, model: "nn.Module", sample: "Tensor") -> int:
+    """Move a model to where it is measured, and find its number of classes.
+
+    Whatever keeps it from running one sample or two is an error that names it.
+    """
     import torch
 
     from lightning_duo.base import as_logits
+    from lightning_duo.batch import describe
 
-    try:
-        with torch.no_grad():
-            logits = as_logits(model(sample))
-    except Exception as error:  # whatever a model may raise
-        dtype = str(sample.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"the {name} cannot run a sample of {_shape_text(sample)} in {dtype}: "
-            f"{str(error).rstrip('.')}. If it takes another size, pass that as --input_size, "
-            "or a sidekick behind a transform"
-        ) from error
-    if logits is None:
-        raise ValueError(f"the {name} does not return logits of shape (N, classes)")
-    return tuple(logits.shape)
+    dtype = str(sample.dtype).removeprefix("torch.")
+    classes = 0
+    for batch in (1, 2):
+        inputs = sample.expand(batch, *sample.shape[1:]).contiguous()
+        try:
+            model.eval().to(sample.device, sample.dtype)
+            with torch.no_grad():
+                output = model(inputs)
+        except Exception as error:  # whatever a model may raise
+            raise ValueError(
+                f"the {name} cannot run a batch of {batch} of random {dtype} numbers of size "
+                f"{_shape_text(sample)}: {type(error).__name__}: {str(error).rstrip('.!')}. It is "
+                "called as model(batch): if it takes another size, pass --input_size or put it "
+                "behind a transform, if it takes something else, pass a function that wraps it"
+            ) from error
+        logits = as_logits(output)
+        if logits is None or len(logits) != batch or logits.shape[1] < 2:
+            raise ValueError(
+                f"the {name} must return logits of shape ({batch}, K), K >= 2, for a batch of "
+                f"{batch}, as a tensor or under 'logits'; it returned {describe(output)}"
+            )
+        classes = logits.shape[1]
+    return classes
 
 
 def _shape_text(sample: "Tensor") -> str:

@@ -1,15 +1,19 @@
 """What a duo costs: operations and parameters of its two models."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_duo.base import evaluating
+
+# In the names of operations that consist of matrix products.
+PRODUCTS_BY_NAME = ("attention", "mm", "conv", "linear", "transformer", "lstm", "gru", "rnn")
 
 
 class Cost(NamedTuple):
@@ -39,8 +43,8 @@ def count_flops(
 ) -> int:
     """Floating-point operations of one forward in eval mode; a multiply-add counts two.
 
-    Counted by PyTorch as the operations run. Fused attention hides its products from the counter
-    (ViT-B would lose a third), so attention runs unfused here.
+    Counted by PyTorch as the operations run. Fused attention and recurrent layers hide their
+    products from the counter (ViT-B would lose a third, an LSTM all), so they run unfused here.
 
     Args:
         module: The model.
@@ -49,26 +53,47 @@ def count_flops(
         fused: Let attention run fused, to see what the counter then misses.
 
     Returns:
-        Operations of convolutions and matrix products; elementwise work is not counted.
+        Operations of convolutions and matrix products. Elementwise work is not counted, nor are
+        quantized, sparse, bilinear and deformable layers.
 
     Example:
         >>> import torch
         >>> count_flops(torch.nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
         100
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(fast and fused)
-    try:
-        with (
-            evaluating(module),
-            _frozen(module),
-            nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            forward(module, example_input) if forward else module(example_input)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with (
+        evaluating(module),
+        _frozen(module),
+        _unfused(module, attention=not fused),
+        FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter,
+    ):
+        forward(module, example_input) if forward else module(example_input)
     return int(counter.get_total_flops())
+
+
+def _product(first: torch.Size, second: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of a product with a vector, from the shapes."""
+    return 2 * first.numel()
+
+
+PRODUCTS = {torch.ops.aten.mv: _product, torch.ops.aten.dot: _product}  # PyTorch's counter has none
+
+
+@contextmanager
+def _unfused(module: nn.Module, *, attention: bool) -> Iterator[None]:
+    """Run recurrent layers, and attention if it is to be, as the products that they consist of."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    with ExitStack() as stack:
+        # Other models would be much slower without these.
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ():
+            stack.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False  # type: ignore[attr-defined]
+        if attention:
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager
@@ -78,7 +103,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     PyTorch's counter expects to find the graph of what does, and without gradients a view of a
     parameter has none: it fails on learned queries, such as SigLIP's pooling.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -100,7 +125,7 @@ def count_flops_fvcore(module: nn.Module, example_input: Any) -> tuple[int, list
         example_input: Its input, a batch of one.
 
     Returns:
-        The operations, and the names of matrix products and attentions that were not counted.
+        The operations, and the names of those that consist of matrix products and were not counted.
 
     Raises:
         ImportError: If fvcore is missing.
@@ -114,7 +139,7 @@ def count_flops_fvcore(module: nn.Module, example_input: Any) -> tuple[int, list
         skipped = sorted(
             name
             for name in analysis.unsupported_ops()
-            if any(part in name for part in ("attention", "mm", "conv", "linear", "transformer"))
+            if any(part in name for part in PRODUCTS_BY_NAME)
         )
     return total, skipped
 
@@ -188,9 +213,16 @@ def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> di
     Returns:
         The fields of `Cost` and ``balance``; ``balance_fused``, counted while attention runs fused,
         which hides its products from the counter; ``balance_fvcore`` and ``skipped_fvcore``, the
-        operations that fvcore could not count (None if it is missing or cannot trace the models).
+        operations that fvcore could not count (None if it is missing or cannot trace the models);
+        ``not_counted``, why PyTorch's counter failed, which leaves all but parameters None.
     """
-    cost = measure_cost(base, sidekick, sample)
+    try:
+        cost = measure_cost(base, sidekick, sample)
+    except Exception as error:  # of the counter, as for flex attention; a speed needs no count
+        parameters = count_parameters(base), count_parameters(sidekick)
+        names = ("balance", "balance_fused", "balance_fvcore", "skipped_fvcore")
+        unknown = {**Cost(None, None, *parameters)._asdict(), **dict.fromkeys(names)}  # type: ignore[arg-type]
+        return {**unknown, "not_counted": f"{type(error).__name__}: {error}"}
     fused = Cost(
         count_flops(base, sample, fused=True),
         count_flops(sidekick, sample, fused=True),
@@ -198,6 +230,7 @@ def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> di
         cost.parameters_sidekick,
     )
     found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
+    found["not_counted"] = None
     try:
         (first, one), (second, other) = (
             count_flops_fvcore(model, sample) for model in (base, sidekick)

@@ -1,5 +1,6 @@
 """What options of the command line name: models, sizes, and files to write."""
 
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
 
 # Torch is imported where it is used: --help should not wait for it.
 
+MOST_NUMBERS = 10**9  # of one sample
+
 
 def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
     """Refuse files that could not be written, before anything is read and computed.
@@ -17,7 +20,7 @@ def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
         outputs: For each option the path, if one is given, and the suffix that it must have.
 
     Raises:
-        ValueError: If a path has another suffix, or its folder cannot be made.
+        ValueError: If a path has another suffix, or cannot be written.
     """
     for option, (path, suffix) in outputs.items():
         if path is None:
@@ -30,6 +33,11 @@ def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
             check_matplotlib()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            new = not Path(path).exists()
+            with Path(path).open("ab"):
+                pass
+            if new:
+                Path(path).unlink()
         except OSError as error:
             raise ValueError(f"{option} {path} cannot be written: {error}") from error
 
@@ -44,9 +52,17 @@ def check_numbers(numbers: dict[str, tuple[int | None, int]]) -> None:
 def parse_size(text: str) -> list[int]:
     """The size of one sample, written as 3x224x224."""
     sizes = text.split("x")
-    if not all(size.isdecimal() and int(size) for size in sizes):
+    numbers = all(size.isdecimal() and int(size) for size in sizes)
+    if not numbers or math.prod(map(int, sizes)) > MOST_NUMBERS:
         raise ValueError(f"--input_size is the size of one sample, such as 3x224x224; got {text}")
     return [int(size) for size in sizes]
+
+
+def is_function(spec: str) -> bool:
+    """Whether a model is named as MODULE:FUNCTION; timm knows names such as hf-hub:user/model."""
+    from lightning_duo.zoo import REMOTE
+
+    return ":" in spec and not spec.startswith(REMOTE)
 
 
 def build_model(option: str, spec: str, classes: int) -> "nn.Module":
@@ -60,7 +76,7 @@ def build_model(option: str, spec: str, classes: int) -> "nn.Module":
     Raises:
         ValueError: If there is no such model, or the user's code fails.
     """
-    if ":" in spec:
+    if is_function(spec):
         return _call(option, spec)
     from lightning_duo.zoo import build_sidekick
 
@@ -69,7 +85,7 @@ def build_model(option: str, spec: str, classes: int) -> "nn.Module":
 
 def build_part(part: str, spec: str, duo: str) -> "nn.Module":
     """The base or sidekick of a saved duo, with as many classes as the file has."""
-    if ":" in spec:
+    if is_function(spec):
         return _call(part, spec)
     from lightning_duo.module import read_header
     from lightning_duo.zoo import build_sidekick, head_parameters

@@ -97,7 +97,7 @@ def largest_batch(
         if not sample.is_cuda:
             run(1)()
             first, third = (peak_memory(run(size)) or 0 for size in (1, 3))
-            used, more, free = first, max(sample.nbytes, (third - first) // 2), _free_memory()
+            used, more, free = first, max(sample.nbytes, (third - first) // 2), free_memory()
         size, limit = most, f"at most {most}"
         while not fits(size):
             size, limit = size // 2, "memory"
@@ -123,13 +123,22 @@ def largest_batch_of_pair(base: nn.Module, sidekick: nn.Module, sample: Tensor) 
     Raises:
         RuntimeError: If not even one sample fits.
     """
-    if sample.is_cuda:
-        return largest_batch(Ensemble(base, copy.deepcopy(base)).eval(), sample)
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval()
-    return largest_batch(duo, sample, seconds=1.0)
+    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
+    if not sample.is_cuda:
+        return largest_batch(duo, sample, seconds=1.0)
+    pair = _two_of(base)
+    return largest_batch(duo if isinstance(pair, str) else pair, sample)
 
 
-def _free_memory() -> int | None:
+def _two_of(base: nn.Module) -> Ensemble | str:
+    """The ensemble of a base and its copy, or why it cannot be copied."""
+    try:
+        return Ensemble(base, copy.deepcopy(base)).eval()
+    except Exception as error:  # of whatever a user's module holds, such as a lock
+        return f"the base cannot be copied: {_reason(error)}"
+
+
+def free_memory() -> int | None:
     """Bytes that this machine could still give, where Linux says it; the container's, if less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -199,13 +208,18 @@ def measure_throughput(
         "base": base,
         "sidekick": sidekick,
         "duo": duo,
-        ENSEMBLE: Ensemble(base, copy.deepcopy(base)).eval(),
     }
+    pair = _two_of(base)
+    cannot: dict[str, str] = {}
+    if isinstance(pair, str):
+        cannot[ENSEMBLE] = pair
+    else:
+        eager[ENSEMBLE] = pair
     rows: list[dict[str, Any]] = []
     with _exported(duo, sample, exported, say) as (files, not_exported), torch.inference_mode():
         for batch in batches:
-            inputs = torch.randn(batch, *sample.shape[1:], dtype=sample.dtype, device=sample.device)
-            models, failed = dict(eager), dict(not_exported)
+            inputs = sample.expand(batch, *sample.shape[1:]).contiguous()
+            models, failed = dict(eager), cannot | not_exported
             if compiled:
                 say(f"batch {batch}: compiling")
                 faster, not_compiled = _compiled(eager, inputs)

@@ -52,8 +52,9 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
                 f"Measured{mode or ', as it is'}, batch {batch}: duo / base {ratio_text(of_base)}, "
                 f"duo / (base + sidekick) {ratio_text(of_both)}."
             )
-    ensemble = find(rows, ENSEMBLE, batch=batch)
-    text.append(f"An ensemble of two bases takes {ratio_text(ensemble)} times as long as one.")
+    if ENSEMBLE in measured:
+        ensemble = ratio_text(find(rows, ENSEMBLE, batch=batch))
+        text.append(f"An ensemble of two bases takes {ensemble} times as long as one.")
     failed: dict[str, dict[str, None]] = {}  # what one reason kept from being measured, once each
     for row in rows:
         if "not_measured" in row:
@@ -63,19 +64,23 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
 
 def _counted_text(counted: Mapping[str, Any]) -> list[str]:
     """FLOPs, parameters and FLOPs balance, and where other counters disagree."""
-    flops, parameters = (
-        [short_count(counted[f"{what}_{model}"]) for model in ("base", "sidekick")]
-        for what in ("flops", "parameters")
-    )
+    parameters = [short_count(counted[f"parameters_{model}"]) for model in ("base", "sidekick")]
+    if counted["not_counted"] is not None:
+        return [
+            f"Parameters: base {parameters[0]}, sidekick {parameters[1]}. FLOPs could not be "
+            f"counted: {counted['not_counted']}."
+        ]
+    flops = [short_count(counted[f"flops_{model}"]) for model in ("base", "sidekick")]
     text = [
         f"FLOPs of one sample: base {flops[0]}, sidekick {flops[1]} (a multiply-add is two); "
         f"parameters {parameters[0]} and {parameters[1]}."
     ]
     balance = counted["balance"]
-    if balance is None:
-        return text
+    if not balance:
+        model = "sidekick" if balance == 0 else "base"
+        return [*text, f"The {model} has no operation that is counted, so no balance is known."]
     text.append(
-        f"FLOPs balance {balance:.3f}: the duo should take {1 + balance:.3f} times as long."
+        f"FLOPs balance {balance:.3g}: the duo should take {1 + balance:.3f} times as long."
     )
     others = {
         "fvcore": counted["balance_fvcore"],
@@ -85,7 +90,7 @@ def _counted_text(counted: Mapping[str, Any]) -> list[str]:
         if other is not None and abs(other - balance) > 0.01 * balance:
             skipped = ", ".join(counted["skipped_fvcore"] or ()) if name == "fvcore" else ""
             missing = f", without {skipped}" if skipped else ""
-            text.append(f"{name} counts a balance of {other:.3f}{missing}; that is not used.")
+            text.append(f"{name} counts a balance of {other:.3g}{missing}; that is not used.")
     return text
 
 
@@ -113,4 +118,6 @@ def find(
 
 def ratio_text(row: Mapping[str, Any]) -> str:
     """A ratio with its 20 % and 80 % quantiles."""
-    return f"{row['ratio']:.3f} ({row['ratio_20']:.2f}-{row['ratio_80']:.2f})"
+    digits = 2 if row["ratio"] >= 0.1 else 4
+    low, high = row["ratio_20"], row["ratio_80"]
+    return f"{row['ratio']:.{digits + 1}f} ({low:.{digits}f}-{high:.{digits}f})"

@@ -276,6 +276,9 @@ def input_size(source: str, model: nn.Module) -> tuple[int, ...] | None:
         return tuple(size) if size else None
     import torchvision.models as zoo
 
+    stated = getattr(model, "image_size", None)  # of vision transformers, which take no other
+    if isinstance(stated, int):
+        return (3, stated, stated)
     weights = list(zoo.get_model_weights(source.removeprefix(TORCHVISION)))
     crop = getattr(weights[0].transforms(), "crop_size", None) if weights else None
     return (3, crop[0], crop[0]) if crop else None

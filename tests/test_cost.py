@@ -7,7 +7,7 @@ from fvcore.nn import FlopCountAnalysis
 from helpers import small_net
 from torch import Tensor, nn
 
-from lightning_duo.cost import count_flops, flops_balance
+from lightning_duo.cost import count_flops, count_flops_fvcore, flops_balance, measure_cost
 
 # What fvcore counts beside convolutions and products, and PyTorch does not.
 ELEMENTWISE = ("batch_norm", "layer_norm", "adaptive_avg_pool2d", "group_norm")
@@ -46,6 +46,27 @@ def test_learned_queries_are_counted() -> None:
     with pytest.raises(RuntimeError, match="must match"):
         count_flops(pool, fails)
     assert pool.query.requires_grad
+
+
+@pytest.mark.parametrize(("cell", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_recurrent_layers_are_counted(cell: type[nn.RNNBase], gates: int) -> None:
+    layer, steps = cell(40, 64, num_layers=2, batch_first=True), 5
+    expected = 2 * steps * gates * 64 * ((40 + 64) + (64 + 64))
+    assert count_flops(layer, torch.zeros(1, steps, 40)) == expected
+    assert torch.backends.mkldnn.enabled
+    assert torch.backends.cudnn.enabled
+    found, skipped = count_flops_fvcore(layer, torch.zeros(1, steps, 40))
+    assert found == 0
+    assert len(skipped) == 1
+
+
+def test_products_with_a_vector_and_lazy_layers_are_counted() -> None:
+    weight = torch.zeros(32, 10)
+    times = count_flops(nn.Identity(), torch.zeros(10), lambda _, x: weight @ x + x.dot(x))
+    assert times == 2 * 32 * 10 + 2 * 10
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2))
+    counted = measure_cost(lazy, nn.Linear(16, 2), torch.zeros(1, 16))
+    assert counted == (2 * 16 * 8 + 2 * 8 * 2, 2 * 16 * 2, 17 * 8 + 9 * 2, 17 * 2)
 
 
 def test_fused_attention_is_counted() -> None:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from lightning_duo import cost, throughput
@@ -70,6 +72,32 @@ def test_rows_hold_every_method_against_its_own_reference() -> None:
     assert f"duo / (base + sidekick) {ratio_text(row)}" in text
 
 
+def test_a_base_that_cannot_be_copied_or_counted_is_measured_without_it() -> None:
+    base, sidekick, sample = pair()
+    base.lock = threading.Lock()
+    rows = measure_throughput(base, sidekick, sample, [2], compiled=False, exported=(), repeats=3)
+    measured = {row["method"] for row in rows if "ms" in row}
+    assert measured == {"base", "sidekick", "duo"}
+    reason = "the base cannot be copied: TypeError: cannot pickle '_thread.lock' object"
+    assert find(rows, "2 bases")["not_measured"] == reason
+
+    def uncountable(*_: object) -> None:
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise TypeError("no implementation found")
+
+    handle = base.register_forward_pre_hook(uncountable)
+    counted = compare_counters(base, sidekick, sample)
+    handle.remove()
+    assert counted["balance"] is counted["flops_base"] is None
+    assert counted["parameters_base"] == cost.count_parameters(base)
+    text = overhead_text(rows, counted)
+    assert "FLOPs could not be counted: TypeError: no implementation found." in text[0]
+    assert f"Not measured: 2 bases: {reason}" in text
+    sizes = compare_counters(sidekick, nn.Identity(), sample)
+    assert sizes["balance"] == 0
+    assert overhead_text(rows, sizes)[1].startswith("The sidekick has no operation that is counted")
+
+
 class Branching(nn.Module):
     """Does one thing or another by its values, which torch.export refuses."""
 
@@ -105,9 +133,9 @@ def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPat
     assert largest_batch(base, sample) == (128, "at most 128")
     peaks = iter([100_000, 120_000] * 2)  # of batches of one and three: 90 + 10 kB a sample
     monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
-    monkeypatch.setattr(throughput, "_free_memory", lambda: 820_000)  # of which half may be used
+    monkeypatch.setattr(throughput, "free_memory", lambda: 820_000)  # of which half may be used
     assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410 kB; 64 would take 730
-    monkeypatch.setattr(throughput, "_free_memory", lambda: 100_000)
+    monkeypatch.setattr(throughput, "free_memory", lambda: 100_000)
     with pytest.raises(RuntimeError, match="not even one sample fits"):
         largest_batch(base, sample)
 
@@ -143,6 +171,9 @@ def test_sizes_that_models_state() -> None:
     assert input_size("resnet18", timm.create_model("resnet18")) == (3, 224, 224)
     assert input_size("torchvision/inception_v3", nn.Identity()) == (3, 299, 299)
     assert input_size("torchvision/swin_v2_t", nn.Identity()) == (3, 256, 256)
+    with torch.device("meta"):  # its published weights are for 518 pixels, it is built for 224
+        huge = torchvision.models.vit_h_14()
+    assert input_size("torchvision/vit_h_14", huge) == (3, 224, 224)
 
 
 def bench(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -176,20 +207,39 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
         (["--repeats", "1"], "--repeats is a number of at least 3, got 1"),
         (["--output", "rows.csv"], r"--output is named *.jsonl, got rows.csv"),
         (["--output", "/dev/null/rows.jsonl"], "--output /dev/null/rows.jsonl cannot be written"),
-        (["--input_size", "3x32"], "the base resnet10t cannot run a sample of 3x32"),
+        (["--output", "folder.jsonl"], "--output folder.jsonl cannot be written"),
+        (["--classes", "1"], "--classes is a number of at least 2, got 1"),
+        (["--threads", "99999"], "--threads is at most the number of cores"),
+        (["--batch", "9" * 12], "such a batch of 3x176x176 takes 3.72e+08 GB"),
+        (
+            ["--input_size", "3x32"],
+            "the base resnet10t cannot run a batch of 1 of random float32 numbers of size 3x32:",
+        ),
         (
             ["--sidekick", "vit_tiny_patch16_224", "--input_size", "3x32x32"],
-            "the sidekick vit_tiny_patch16_224 cannot run a sample of 3x32x32",
+            "the sidekick vit_tiny_patch16_224 cannot run a batch of 1",
         ),
-        (["--sidekick", "torch.nn:Identity"], "torch.nn:Identity does not return logits"),
+        (
+            ["--sidekick", "torch.nn:Identity"],
+            "the sidekick torch.nn:Identity must return logits of shape (1, K), K >= 2, for a "
+            "batch of 1, as a tensor or under 'logits'; it returned torch.float32 tensor (1, 3,",
+        ),
+        (["--sidekick", "mine:one_row"], "must return logits of shape (2, K)"),
         (
             ["--sidekick", "torchvision.models:resnet18", "--classes", "7"],
-            "logits of the base resnet10t have shape (1, 7), those of the sidekick",
+            "the base resnet10t has 7 classes and the sidekick torchvision.models:resnet18 1000",
         ),
         (["--input_size", "wide"], "--input_size is the size of one sample"),
+        (["--input_size", "3x999999x999999"], "--input_size is the size of one sample"),
     ],
 )
 def test_bad_options_are_named(options: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Mixed(nn.Module):\n    def forward(self, x):\n        return x.reshape(1, -1)\n"
+        "def one_row():\n    return Mixed()\n"
+    )
     pair = ["--base", "resnet10t", "--sidekick", "resnet10t", "--compiled", "false"]
     run = bench(*pair, *options, folder=tmp_path)
     assert run.returncode == 1
