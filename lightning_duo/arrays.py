@@ -82,12 +82,13 @@ def _load_csv(path: Path) -> Any:
         )
     except ValueError as error:
         raise ValueError(f"{error} (lines of numbers with commas between are expected)") from error
-    if values.ndim == 2 and len(values) > 2:
+    if values.ndim == 2:
         rows = np.arange(len(values))
-        if (values[:, 0] == rows).all() or (values[:, 0] == rows + 1).all():
-            raise ValueError(
-                "its first column counts the rows; leave it out (in pandas: index=False)"
-            )
+        counts = len(values) > 2 and any((values[:, 0] == rows + n).all() for n in (0, 1))
+        unnamed = header and cells[0] == "" and len(cells) > 1
+        if counts or unnamed:
+            how = "counts the rows" if counts else "has no name, as an index of rows"
+            raise ValueError(f"its first column {how}; leave it out (in pandas: index=False)")
     return values
 
 

@@ -67,6 +67,12 @@ def _remedy(output: Any) -> str:
     return "; pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
 
 
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.float(), other.float(), rtol=1e-3, atol=1e-3, equal_nan=True
+    )
+
+
 class BaseLogits:
     """The base's logits of a batch, at no second forward where that can be avoided.
 
@@ -121,7 +127,9 @@ class BaseLogits:
             with evaluating(module), keeping_buffers(module):
                 return self._checked(self.logits_fn(module, inputs), targets)
         logits = as_logits(outputs)
-        if logits is None or len(logits) != len(targets):
+        if logits is not None and len(logits) == len(targets):
+            logits = self._unless_forward_differs(logits, seen, inputs, targets)
+        else:
             logits = self._from_forward(seen, inputs, targets)
         if logits is None:
             logits = self._extra_forward(module, inputs)
@@ -157,6 +165,31 @@ class BaseLogits:
             )
         return candidates[0] if candidates else None
 
+    def _unless_forward_differs(
+        self, returned: Tensor, seen: list[tuple[Any, Tensor]], inputs: Any, targets: Tensor
+    ) -> Tensor:
+        """What the step returned as logits, beside what its forward gave for the same inputs.
+
+        Where they are of unlike width one is features, and the narrower is taken.
+        """
+        forwards = [x for argument, x in seen if argument is inputs and len(x) == len(returned)]
+        if len(forwards) != 1 or not len(returned):
+            return returned
+        forward, chosen = forwards[0], returned
+        if forward.shape != returned.shape:
+            narrow, wide = sorted((forward, returned), key=lambda x: x.shape[1])
+            chosen = narrow if narrow.shape[1] > int(targets.max()) else wide
+        if not self._compared and not (chosen is returned and _close(forward, returned)):
+            which = "what it returns is" if chosen is returned else "forward's are"
+            rank_zero_warn(
+                f"DuoCallback: the step returns {tuple(returned.shape)} and its forward, which the "
+                f"duo will call, gives other logits {tuple(forward.shape)} for the same inputs; "
+                f"{which} taken for the base's logits. Pass DuoCallback(..., logits_fn=lambda "
+                "module, inputs: ...) that gives the logits which are meant"
+            )
+        self._compared = True
+        return chosen
+
     def _compare(self, calls: list[tuple[Any, Tensor]], inputs: Any) -> None:
         """Say where the step does more with its forward than the duo will."""
         argument = calls[0][0]
@@ -175,9 +208,10 @@ class BaseLogits:
 
     def num_classes(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> int:
         """K, from any logits of the batch whose step just returned ``outputs``."""
-        widths = {logits.shape[1] for _, logits in self._seen if len(logits) == len(targets)}
-        if self.logits_fn is None and as_logits(outputs) is None and len(widths) == 1:
-            return widths.pop()
+        seen = {x.shape[1]: x for _, x in self._seen if len(x) == len(targets)}
+        if self.logits_fn is None and as_logits(outputs) is None and len(seen) == 1:
+            (logits,) = seen.values()
+            return check_logits(logits, targets).shape[1]
         return self.of(module, outputs, inputs, targets).shape[1]
 
     def _extra_forward(self, module: nn.Module, inputs: Any) -> Tensor:
@@ -187,8 +221,18 @@ class BaseLogits:
                 'runs once more per batch to get them; return {"logits": ...} to avoid that'
             )
             self._announced = True
-        with evaluating(module), keeping_buffers(module):
-            logits = call_base(module, inputs)
+        try:
+            with evaluating(module), keeping_buffers(module):
+                logits = call_base(module, inputs)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the forward of {type(module).__name__} cannot run the batch's inputs as they "
+                f"are: {type(error).__name__}: {error}; pass DuoCallback(..., logits_fn=lambda "
+                "module, inputs: ...) that does what the step does, or return "
+                '{"logits": ...} from the step'
+            ) from error
         self._seen.clear()
         return logits
 

@@ -167,12 +167,14 @@ def check_targets(targets: Tensor, num_classes: int, *, values: bool = True) -> 
             "not supported, but for class probabilities (N, K) in training, as MixUp makes them"
             + (" (here targets.squeeze(1))" if targets.ndim == 2 and targets.shape[1] == 1 else "")
         )
+    targets = targets.long()  # PyTorch cannot compare unsigned numbers
     if values and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
         raise ValueError(
             f"targets must be in 0..{num_classes - 1} for {num_classes} classes, got "
-            f"{int(targets.min())}..{int(targets.max())}"
+            f"{int(targets.min())}..{int(targets.max())}; where the step shifts, drops or picks "
+            "labels, do so in DuoCallback(..., batch_fn=lambda batch: (inputs, targets)) too"
         )
-    return targets.long()
+    return targets
 
 
 def describe(value: Any) -> str:

@@ -36,6 +36,8 @@ class Calibration:
     """Probability with which new data may miss it; None for no guarantee."""
     threshold: Threshold | None = None
     """Which predictions to accept; None accepts all."""
+    unscaled: tuple[float, float] | None = None
+    """NLL of base and sidekick as they are, by which the samples that fitted are recognised."""
 
     @property
     def temperatures(self) -> Temperatures:
@@ -50,6 +52,7 @@ class Calibration:
     def state_dict(self) -> dict[str, Any]:
         """The same in types that JSON and checkpoints hold."""
         state = {k: v for k, v in vars(self).items() if k not in ("fit", "threshold")}
+        state["unscaled"] = None if self.unscaled is None else list(self.unscaled)
         chosen = self.threshold and self.threshold._asdict()
         if chosen:
             chosen["value"] = plain_float(chosen["value"])
@@ -67,7 +70,25 @@ class Calibration:
             math.nan if chosen["accuracy_bound"] is None else chosen["accuracy_bound"],
         )
         fit = TemperatureFit.from_state_dict(state["fit"])
-        return cls(fit=fit, threshold=threshold, **{name: state[name] for name in names})
+        unscaled = state.get("unscaled")
+        return cls(
+            fit=fit,
+            threshold=threshold,
+            unscaled=None if unscaled is None else tuple(unscaled),
+            **{name: state[name] for name in names},
+        )
+
+    def fitted_on(self, predictions: dict[str, Predictions]) -> bool:
+        """Whether these are the samples that fitted, in whatever order.
+
+        Args:
+            predictions: What all forms say of some samples; see `evaluate`.
+        """
+        if self.unscaled is None or len(predictions["duo"].targets) != self.samples:
+            return False
+        found = _unscaled(predictions)
+        pairs = zip(found, self.unscaled, strict=True)
+        return all(math.isclose(mine, its, rel_tol=1e-9) for mine, its in pairs)
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, which appears whole or not at all.
@@ -102,7 +123,14 @@ class Calibration:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
             if state["format"] != FORMAT:
                 raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
-            return cls.from_state_dict(state)
+            found = cls.from_state_dict(state)
+            if state["temperatures"] != found.temperatures._asdict():
+                raise ValueError(
+                    f"its temperatures {state['temperatures']} are not those of its fit, "
+                    f"{found.temperatures._asdict()}; it was edited: make a DuoModule with the "
+                    "temperatures of your choice instead"
+                )
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no temperatures file written by lightning-duo calibrate or "
@@ -174,27 +202,43 @@ def calibrate_checked(
             stacklevel=3,
         )
     predictions = evaluate(*logits, fit)
-    return choose_threshold(fit, predictions["duo"], target_accuracy, delta), predictions
+    return choose_threshold(fit, predictions, target_accuracy, delta), predictions
 
 
 def choose_threshold(
-    fit: TemperatureFit, duo: Predictions, target_accuracy: float | None, delta: float | None
+    fit: TemperatureFit,
+    predictions: dict[str, Predictions],
+    target_accuracy: float | None,
+    delta: float | None,
 ) -> Calibration:
     """The fit with the threshold for a target accuracy, if there is one.
 
     Args:
         fit: The temperatures.
-        duo: What the duo says with them of the samples that choose.
+        predictions: What all forms say with them of the samples that choose; see `evaluate`.
         target_accuracy: As in `calibrate`.
         delta: As in `calibrate`.
 
     Warns:
         UserWarning: If no threshold reaches the target, so that nothing is accepted.
     """
-    chosen = None
+    chosen, duo = None, predictions["duo"]
     if target_accuracy is not None:
         chosen = select_threshold(duo.confidence, duo.correct, target_accuracy, delta=delta)
-    return Calibration(fit, duo.num_classes, len(duo.targets), target_accuracy, delta, chosen)
+    return Calibration(
+        fit,
+        duo.num_classes,
+        len(duo.targets),
+        target_accuracy,
+        delta,
+        chosen,
+        _unscaled(predictions),
+    )
+
+
+def _unscaled(predictions: dict[str, Predictions]) -> tuple[float, float]:
+    base, sidekick = (float(predictions[name].nll.mean()) for name in ("base", "sidekick"))
+    return base, sidekick
 
 
 def check_request(target_accuracy: float | None, delta: float | None) -> None:

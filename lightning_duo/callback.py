@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_duo import __version__
-from lightning_duo.base import LogitsFn
+from lightning_duo.base import LogitsFn, evaluating
 from lightning_duo.batch import BatchFn, check_soft_targets, check_targets, read_batch
 from lightning_duo.calibration import Calibration, check_request
 from lightning_duo.checks import check_trainer
@@ -31,8 +32,8 @@ from lightning_duo.figures import check_matplotlib
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
 from lightning_duo.randomness import own_stream
-from lightning_duo.sidekick import Sidekick, check_model, share_weights
-from lightning_duo.state import STATE_VERSION, Record, check_state, load_weights
+from lightning_duo.sidekick import Sidekick, check_model, share_weights, sidekick_logits
+from lightning_duo.state import STATE_VERSION, Record, check_state, fingerprint, load_weights
 from lightning_duo.summary import print_summary
 from lightning_duo.temperature import TemperatureFit
 from lightning_duo.zoo import SidekickSource
@@ -159,6 +160,8 @@ class DuoCallback(Callback):
         self._training_state: dict[str, Any] | None = None
         self._stage = ""
         self._restored = self._paired_anew = False
+        self._begun: set[int] = set()  # fingerprints of the base where fits began
+        self._ended: int | None = None  # and where the last one ended
 
     @property
     @override
@@ -243,7 +246,8 @@ class DuoCallback(Callback):
                 f"there is nothing to report on {stage!r} yet: run trainer.fit with validation "
                 f"data, trainer.validate or trainer.test; known: {sorted(self.predictions)}"
             )
-        if not self._module.trainer.is_global_zero:
+        # A module that was pickled or copied belongs to no Trainer.
+        if self._module._trainer is not None and not self._module.trainer.is_global_zero:
             return Path(path)
         name = {"val": "the validation set", "test": "the test set"}.get(stage, stage)
         return write_report(
@@ -266,10 +270,10 @@ class DuoCallback(Callback):
         check_trainer(trainer, stage)
         self._check_others(trainer)
         if self._module is not pl_module:
-            self._record.step = 0
-            if stage == "fit" and self._module is not None:  # another base, another sidekick
-                self._sidekick.forget()
-                self._record.forget()
+            self._record.step = 0 if stage == "fit" else -1
+        if stage == "fit" and self._is_another(trainer, pl_module):
+            self._sidekick.forget()
+            self._record.forget()
         if (sidekick := self._sidekick.module) is not None:
             check_model(sidekick, pl_module)
             if stage == "fit":
@@ -287,6 +291,28 @@ class DuoCallback(Callback):
             self._record.run = trainer.strategy.broadcast(uuid.uuid4().hex)
             self._record.predictions = {}  # of models that are about to change
         self._module, self._restored = pl_module, False
+
+    def _is_another(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether this is another base than that of the last fit, so that all begins anew.
+
+        It is too if its weights are those that an earlier fit began with, as in cross-validation.
+        """
+        if self._module is None or self._module is not module:
+            self._begun.clear()
+        another = self._module is not None and self._module is not module
+        now = fingerprint(module) if trainer.ckpt_path is None else None
+        if now is not None and not another and self._ended not in (None, now):
+            another = now in self._begun
+            if not another:
+                rank_zero_warn(
+                    f"{self._me}: the base has other weights than at the end of the last fit, and "
+                    "the sidekick goes on from what it learned there; if this is another run, as "
+                    "a fold of a cross-validation, make a new DuoCallback for it"
+                )
+        if now is not None:
+            self._begun.add(now)
+        self._ended = None
+        return another
 
     def _check_others(self, trainer: Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -332,8 +358,9 @@ class DuoCallback(Callback):
         if model is not None and self._record.is_stale(module, model):
             rank_zero_warn(
                 f"{self._me}: the temperatures were fitted at step {self.fitted_at_step} and the "
-                "weights of base or sidekick are others now (the base is at step "
-                f"{self._record.step}); refit them with trainer.validate"
+                "weights of base or sidekick are others now"
+                + (f" (the base is at step {self._record.step})" if self._record.step >= 0 else "")
+                + "; refit them with trainer.validate"
             )
 
     # ---- training ----
@@ -402,8 +429,12 @@ class DuoCallback(Callback):
             with own_stream(pl_module.device):
                 num_classes = self._pair.base.num_classes(pl_module, outputs, *batch)
             self._pair.base.unwatch()
+        model = self._pair.build(trainer, pl_module, num_classes)
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            with own_stream(pl_module.device), evaluating(model):
+                sidekick_logits(model, self._sidekick.inputs(pl_module, batch[0]))
         return SidekickTrainer(
-            self._pair.build(trainer, pl_module, num_classes),
+            model,
             num_classes,
             self._recipe,
             trainer,
@@ -451,6 +482,8 @@ class DuoCallback(Callback):
         self._pair.reset()
         self._evaluator.clear()
         self._stop_training()
+        if stage == "fit":
+            self._ended = fingerprint(pl_module)
         if self._sidekick.model is not None:
             self._sidekick.model.to(pl_module.device)
 
@@ -502,7 +535,7 @@ class DuoCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._pair.before_step(pl_module, batch, watch=True, first=batch_idx == 0)
+        self._evaluator.before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx))
 
     @override
     def on_validation_batch_end(
@@ -549,7 +582,7 @@ class DuoCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._pair.before_step(pl_module, batch, watch=True, first=batch_idx == 0)
+        self._evaluator.before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx))
 
     @override
     def on_test_batch_end(
@@ -572,8 +605,9 @@ class DuoCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        written = {"version": STATE_VERSION, "library": __version__}
         if self._sidekick.model is None:
-            return {}
+            return {**written, "sidekick": None}  # a learning rate finder comes back to this
         if self._training is not None and self._pair.in_step:
             rank_zero_warn(
                 f"{self._me}: a checkpoint is being saved after the base's step and before the "
@@ -582,8 +616,7 @@ class DuoCallback(Callback):
             )
         training = self._training.state_dict() if self._training else self._training_state
         return {
-            "version": STATE_VERSION,
-            "library": __version__,
+            **written,
             "name": self._sidekick.name,
             "num_classes": self._sidekick.num_classes,
             "sidekick": self._sidekick.model.state_dict(),
@@ -605,6 +638,12 @@ class DuoCallback(Callback):
             return
         sidekick = self._sidekick
         check_state(state_dict, sidekick.num_classes)
+        if state_dict["sidekick"] is None:
+            self._stop_training()
+            self._training_state = None
+            sidekick.forget()
+            self._restored = True
+            return
         if state_dict["transform"] != sidekick.transform_name:
             rank_zero_warn(
                 f"{self._me}: the checkpoint's sidekick saw its inputs through "

@@ -29,6 +29,12 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         MisconfigurationException: If the strategy is not supported, the precision replaces layers,
             or there is nothing to fit the temperatures on.
     """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"DuoCallback is a callback of lightning.pytorch, and this Trainer is of "
+            f"{type(trainer).__module__.split('.')[0]}; import it, and your LightningModule, from "
+            "lightning.pytorch (import lightning.pytorch as pl)"
+        )
     strategy = trainer.strategy
     # Some that are neither are made from these.
     if not isinstance(strategy, SUPPORTED) or isinstance(

@@ -118,8 +118,8 @@ def report(
         )
     cost = _cost(base_model, sidekick_model, input_size, classes)
     predictions = evaluate(*logits, found.fit)
-    nll = _show(predictions, found, f"the {len(logits.targets)} samples of {targets}", cost)
-    same = len(logits.targets) == found.samples and abs(nll - found.fit.nll) < 1e-9
+    _show(predictions, found, f"the {len(logits.targets)} samples of {targets}", cost)
+    same = found.fitted_on(predictions)
     if same:
         warnings.warn(
             f"these are the samples that {temperatures} was fitted on; judge a duo on others",
@@ -154,8 +154,8 @@ def _cost(
 
 def _show(
     predictions: "dict[str, Predictions]", found: "Calibration", data: str, cost: "Cost | None"
-) -> float:
-    """Print what the duo reaches; returns its NLL."""
+) -> None:
+    """Print what the duo reaches."""
     from lightning_duo.evaluation import measure, measure_accepted
     from lightning_duo.summary import print_summary
 
@@ -163,7 +163,6 @@ def _show(
     if found.threshold is not None:
         results["duo"] |= measure_accepted(predictions["duo"], found.threshold)
     print_summary(results, found, data=data, balance=None if cost is None else cost.balance)
-    return results["duo"]["nll"]
 
 
 def _report(

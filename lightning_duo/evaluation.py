@@ -72,6 +72,8 @@ def measure(predictions: Predictions) -> dict[str, float]:
 
     ``auroc`` and ``fpr95`` are NaN where all predictions are right, or all wrong.
     """
+    if not len(predictions.targets):
+        raise ValueError("there are no samples to measure")
     confidence, score = predictions.confidence, predictions.score
     prediction, targets = predictions.prediction, predictions.targets
     correct, classes = predictions.correct, predictions.num_classes
@@ -184,7 +186,8 @@ class DuoMetrics(Metric):
         rows = max(1, CHUNK_LOGITS // base_logits.shape[1])
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            self._add(base_logits[part].float(), sidekick_logits[part].float(), targets[part])
+            base, sidekick = _single(base_logits[part]), _single(sidekick_logits[part])
+            self._add(base, sidekick, targets[part].long())
 
     def _add(self, base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         parts = []
@@ -264,6 +267,13 @@ def evaluate(
     metrics = DuoMetrics(base_logits.shape[1], fit, score=score).to(base_logits.device)
     metrics.update(base_logits, sidekick_logits, targets.long())
     return metrics.predictions()
+
+
+def _single(logits: Tensor) -> Tensor:
+    """In float32; of float64 logits, whose size may hide their differences, below their largest."""
+    if logits.dtype == torch.float64 and logits.numel():
+        logits = logits - logits.amax(dim=1, keepdim=True)
+    return logits.float()
 
 
 def _nll(base: Tensor, sidekick: Tensor, temperatures: Temperatures, targets: Tensor) -> Tensor:

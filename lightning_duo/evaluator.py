@@ -1,22 +1,32 @@
 """Validation and test: from batches to temperatures, metrics and what is logged."""
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_duo.calibration import choose_threshold
-from lightning_duo.evaluation import DuoMetrics, Predictions, measure, measure_accepted
+from lightning_duo.evaluation import (
+    HIGHER_IS_BETTER,
+    DuoMetrics,
+    Predictions,
+    measure,
+    measure_accepted,
+)
 from lightning_duo.figures import log_figures
 from lightning_duo.inputs import check_samples
 from lightning_duo.logits import Logits
 from lightning_duo.pair import Pair
 from lightning_duo.samples import Collected, Processes
 from lightning_duo.state import Record, fingerprints
-from lightning_duo.temperature import TemperatureFit, fit_temperatures
+from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 from lightning_duo.threshold import Threshold
 
 LOGGED = ("base", "base_scaled", "sidekick", "duo")
@@ -37,7 +47,8 @@ class MetricLog:
 
     def value(self, processes: Processes, name: str, value: float) -> None:
         """Log a value that all processes have found, as Lightning wants to be told."""
-        several = processes.trainer.world_size > 1
+        # Lightning asks for it in any process group, even of one.
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
         processes.module.log(self.prefix + name, value, sync_dist=several, add_dataloader_idx=False)
 
     def write(
@@ -114,18 +125,43 @@ class Evaluator:
         self._collected.begin(trainer.val_dataloaders)
         self._weights = []
 
+    def before_step(
+        self, trainer: Trainer, module: LightningModule, batch: Any, place: tuple[int, int]
+    ) -> None:
+        """Read a batch that a validation or test step is about to get.
+
+        Args:
+            trainer: The Trainer.
+            module: The base.
+            batch: The batch.
+            place: Its number, and that of its dataloader.
+        """
+        number, loader = place
+        if loader in self._collected.unusable:
+            return
+        with self._leaving_out(trainer, loader):
+            self.pair.before_step(module, batch, watch=True, first=number == 0)
+
+    @contextmanager
+    def _leaving_out(self, trainer: Trainer, loader: int) -> Iterator[None]:
+        """Note what is wrong with the batches of a loader that is not needed, and go on."""
+        try:
+            yield
+        except ValueError as error:
+            if loader == (0 if trainer.testing else self.calibration_loader):
+                raise
+            self.pair.reset()
+            self._collected.unusable.setdefault(loader, str(error))
+
     def add_validation(
         self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
     ) -> None:
         """Take the batch whose validation step just returned ``outputs``."""
-        try:
-            logits = self.pair.logits(trainer, module, outputs)
-        except ValueError as error:
-            if loader == self.calibration_loader:
-                raise
-            self._collected.unusable.setdefault(loader, str(error))
+        if loader in self._collected.unusable:
             return
-        if trainer.sanity_checking:
+        with self._leaving_out(trainer, loader):
+            logits = self.pair.logits(trainer, module, outputs)
+        if trainer.sanity_checking or loader in self._collected.unusable:
             return
         self._collected.add(logits, loader)
         if not self._weights:
@@ -145,7 +181,8 @@ class Evaluator:
         """
         processes = Processes(trainer, module)
         classes = processes.num_classes(self.pair.sidekick.num_classes)
-        loaders = self._measurable(processes, len(trainer.num_val_batches))
+        needed = self.calibration_loader
+        loaders = self._measurable(processes, "validation", len(trainer.num_val_batches), needed)
         samples = self._collected.of_loaders(len(trainer.num_val_batches), classes)
         self._collected.clear()
         self.record.unfit()
@@ -156,6 +193,8 @@ class Evaluator:
         except ValueError as error:
             if not fitting:
                 raise
+            # For those that watch these values: Lightning would go on with the last ones, or fail.
+            self._log_nothing(processes)
             rank_zero_warn(
                 f"{self.me}: no temperatures can be fitted at step {self.record.step}: {error}. If "
                 "it is the sidekick that diverges, give it a smaller learning rate "
@@ -169,17 +208,26 @@ class Evaluator:
         elif self.pair.sidekick.model is not None:
             self.record.consider(self.pair.sidekick.model, fit.nll_sidekick)
 
-    def _measurable(self, processes: Processes, loaders: int) -> list[int]:
-        """Loaders with samples, all of which are usable; others than the one that fits may lack."""
+    def _log_nothing(self, processes: Processes) -> None:
+        """NaN for what is logged at a validation, where there are no temperatures."""
+        names = [f"{model}/val_{metric}" for model in LOGGED for metric in HIGHER_IS_BETTER]
+        names += [f"duo/temperature_{model}" for model in Temperatures._fields]
+        if self.request[0] is not None:
+            names += ["duo/threshold", "duo/val_coverage", "duo/val_selective_accuracy"]
+        for name in names:
+            self.log.value(processes, name, math.nan)
+
+    def _measurable(self, processes: Processes, stage: str, loaders: int, needed: int) -> list[int]:
+        """Loaders with samples, all of which are usable; others than the needed one may lack."""
         found = []
         for index in range(loaders):
             why = self._collected.unusable.get(index)
             if processes.total(int(why is not None)):
                 rank_zero_warn(
-                    f"{self.me}: validation dataloader {index} is not measured: "
+                    f"{self.me}: {stage} dataloader {index} is not measured: "
                     f"{why or 'another process cannot use its batches'}"
                 )
-            elif index == self.calibration_loader or processes.total(self._collected.count(index)):
+            elif index == needed or processes.total(self._collected.count(index)):
                 found.append(index)
         return found
 
@@ -199,8 +247,7 @@ class Evaluator:
             found[index] = processes.predictions(metrics)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            chosen = found[self.calibration_loader]["duo"]
-            calibration = choose_threshold(fit, chosen, *self.request)
+            calibration = choose_threshold(fit, found[self.calibration_loader], *self.request)
         self._said = [str(warning.message) for warning in said]
         self.record.fit(calibration, self._weights or self._fingerprints(processes.module))
         for index, predictions in found.items():
@@ -222,6 +269,9 @@ class Evaluator:
         classes = Processes(trainer, module).num_classes(self.pair.sidekick.num_classes)
         self._collected.begin(trainer.test_dataloaders)
         fit = self.record.calibration.fit
+        for results in (self.record.results, self.record.predictions):
+            for stage in [stage for stage in results if stage.partition("/")[0] == "test"]:
+                del results[stage]
         loaders = range(len(trainer.num_test_batches))
         self._metrics = {index: DuoMetrics(classes, fit) for index in loaders}
 
@@ -229,16 +279,20 @@ class Evaluator:
         self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
     ) -> None:
         """Take the batch whose test step just returned ``outputs``."""
-        logits = self.pair.logits(trainer, module, outputs)
-        check_samples(*logits)
-        self._metrics[loader].update(*self._collected.own(logits, loader))
+        if loader in self._collected.unusable:
+            return
+        with self._leaving_out(trainer, loader):
+            logits = self.pair.logits(trainer, module, outputs)
+            check_samples(*logits)
+            self._metrics[loader].update(*self._collected.own(logits, loader))
 
     def end_test(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure and log."""
         processes = Processes(trainer, module)
-        for index, metrics in sorted(self._metrics.items()):
+        for index in self._measurable(processes, "test", len(self._metrics), needed=0):
             if processes.total(self._collected.count(index)):
-                self._measure(processes, "test", index, processes.predictions(metrics))
+                predictions = processes.predictions(self._metrics[index])
+                self._measure(processes, "test", index, predictions)
 
     def _measure(
         self,

@@ -31,7 +31,8 @@ def check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         raise ValueError(
             f"fit_temperatures expects floating-point logits, got {base.dtype} and {sidekick.dtype}"
         )
-    if targets.shape != base.shape[:1] or targets.is_floating_point() or targets.is_complex():
+    no_index = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    if targets.shape != base.shape[:1] or no_index:
         raise ValueError(
             f"fit_temperatures expects integer targets of shape ({len(base)},), got "
             f"{targets.dtype} of shape {tuple(targets.shape)}; soft and multi-label targets are "
@@ -69,9 +70,9 @@ def check_samples(
             if targets are out of range or masked, logits are NaN or infinite, the two models mask
             different classes, or there is no sample.
     """
-    classes = base.shape[1]
+    classes, targets = base.shape[1], targets.long()  # unsigned numbers cannot be compared
     in_range = (targets >= 0) & (targets < classes)
-    target_logit = base.gather(1, targets.long().clamp(0, classes - 1)[:, None]).squeeze(1)
+    target_logit = base.gather(1, targets.clamp(0, classes - 1)[:, None]).squeeze(1)
     extents = [_largest(logits) for logits in (base, sidekick)]
     if all(map(math.isfinite, extents)):
         base, sidekick = base[:, :0], sidekick[:, :0]  # nothing to find; looking takes much longer

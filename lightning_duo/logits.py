@@ -211,6 +211,16 @@ def _warn_of_order(logits: Logits, names: Logits) -> None:
             stacklevel=4,
         )
         return
+    for name, values in zip(names[:2], logits[:2], strict=True):
+        prediction, commonest = values.argmax(1), int(logits.targets.mode().values)
+        one = bool((prediction == prediction[0]).all()) and int(prediction[0]) != commonest
+        if one and len(prediction) >= 50 and bool((values != values[:, :1]).any()):
+            warnings.warn(
+                f"{name} predicts class {int(prediction[0])} for every sample, and class "
+                f"{commonest} is the commonest; are its columns the logits of the classes, and "
+                "nothing else?",
+                stacklevel=4,
+            )
     above = [_above_chance(values, logits.targets) for values in logits[:2]]
     for name, other, mine, its in zip(names[:2], names[1::-1], above, above[::-1], strict=True):
         if mine is not None and its is not None and mine < CHANCE and its > SURE:

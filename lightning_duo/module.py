@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import Self, override
 
 from lightning_duo.base import as_logits
@@ -77,7 +78,8 @@ class DuoModule(nn.Module):
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
         weights = torch.as_tensor(
             UNWEIGHTED if mode == "unweighted" else temperatures, dtype=torch.float32
-        ).clone()
+        ).detach()
+        weights = weights.clone()
         if weights.shape != (2,) or not (weights.isfinite() & (weights >= 0)).all():
             raise ValueError(
                 "temperatures must be two finite numbers (base, sidekick), each at least 0, got "
@@ -109,10 +111,14 @@ class DuoModule(nn.Module):
     def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
         """Logits of base and sidekick, each (N, K), of one dtype.
 
+        The base is given a copy of the tensors in ``x``: one that begins with an operation in
+        place would change what the sidekick sees.
+
         Raises:
             ValueError: If either gives no logits, or their shapes differ.
         """
-        base, sidekick = as_logits(self.base(x)), as_logits(self.sidekick(x))
+        copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+        base, sidekick = as_logits(self.base(copied)), as_logits(self.sidekick(x))
         if base is None or sidekick is None:
             raise ValueError(
                 f"the {'base' if base is None else 'sidekick'} of a DuoModule must return "
@@ -142,6 +148,9 @@ class DuoModule(nn.Module):
         """Write weights, temperatures, threshold and mode to one safetensors file.
 
         The file appears whole or not at all.
+
+        Raises:
+            ValueError: If a module keeps state that is no tensor.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,10 +158,17 @@ class DuoModule(nn.Module):
         tensors: dict[str, Tensor] = {}
         written: set[int] = set()
         for name, value in self.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} is no tensor ({type(value).__name__}), and the file of a duo holds "
+                    "tensors only; let get_extra_state of that module return a tensor, or "
+                    "torch.save the duo's state_dict()"
+                )
             own = value.contiguous()
             # The format stores no aliases: tied weights are written once for every name.
-            tensors[_eager_name(name)] = own.clone() if own.data_ptr() in written else own
-            written.add(own.data_ptr())
+            memory = own.untyped_storage().data_ptr()
+            tensors[_eager_name(name)] = own.clone() if memory in written else own
+            written.add(memory)
         save_file(tensors, partial, metadata={"format": "lightning_duo/1", "mode": self.mode})
         os.replace(partial, path)
 

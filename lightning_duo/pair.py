@@ -123,7 +123,8 @@ class Pair:
                 )
             model = self.build(trainer, pl_module, classes)
             targets = check_targets(targets, classes)
-            with evaluating(model), trainer.precision_plugin.val_step_context():
+            deployed = self.sidekick.deployable()  # a transform may have modes too
+            with evaluating(deployed), trainer.precision_plugin.val_step_context():
                 sidekick = sidekick_logits(model, self.sidekick.inputs(pl_module, inputs))
         if sidekick.shape != base.shape:
             raise ValueError(

@@ -161,7 +161,10 @@ def fraction(number: float, name: str, *, positive: bool = False) -> Fraction:
     if not 0 <= number <= 1:
         hint = f"; did you mean {number / 100:g}?" if 1 < number <= 100 else ""
         raise ValueError(f"{name} must be a fraction in [0, 1], got {number}{hint}")
-    return Fraction(str(float(number))).limit_denominator(10**9)
+    exact = Fraction(str(float(number))).limit_denominator(10**9)
+    if 0 < number < 1 and exact in (0, 1):
+        raise ValueError(f"{name} {number} is too near to {exact}: 9 digits are told apart")
+    return exact
 
 
 def check_samples(confidence: Tensor, correct: Tensor) -> Tensor:

@@ -336,12 +336,12 @@ def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
         )
     if not len(targets):
         return torch.zeros(0, dtype=torch.float64, device=probs.device)
-    exact = probs.double()
+    exact, targets = probs.double(), targets.long()
     if not (exact >= 0).all() or (exact.sum(1) - 1).abs().max() > 1e-2:
         raise ValueError("expected probs as rows of probabilities that sum to 1; apply softmax")
     if targets.min() < 0 or targets.max() >= probs.shape[1]:
         raise ValueError(f"expected targets in 0..{probs.shape[1] - 1}")
-    right = exact.gather(1, targets.long()[:, None]).squeeze(1)
+    right = exact.gather(1, targets[:, None]).squeeze(1)
     return exact.square().sum(1) - 2 * right + 1
 
 

@@ -10,10 +10,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_duo.base import as_logits
+from lightning_duo.batch import describe
 from lightning_duo.randomness import own_stream
 from lightning_duo.zoo import SidekickSource, build_sidekick, check_source, data_config
 
@@ -37,14 +38,9 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     from torchvision.transforms import v2
 
     steps: list[nn.Module] = []
-    config = data_config(sidekick)
-    size = getattr(sidekick, "image_size", None)  # torchvision's vision transformers
-    if config.get("fixed_input_size"):
-        size = config["input_size"][-2:]
-    if size is not None:
-        wanted = [size, size] if isinstance(size, int) else list(size)
-        if wanted != list(inputs.shape[-2:]):
-            steps.append(v2.Resize(wanted, antialias=True))
+    config, size = data_config(sidekick), only_size(sidekick)
+    if size is not None and size != list(inputs.shape[-2:]):
+        steps.append(v2.Resize(size, antialias=True))
     stated = [found for part in base.modules() if (found := data_config(part))]
     channels = inputs.shape[1]
     means = [found.get("mean") or () for found in (*stated, config)]
@@ -61,6 +57,15 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     transform = nn.Sequential(*steps)
     rank_zero_info(f"DuoCallback: the sidekick sees the base's inputs through {transform}")
     return transform
+
+
+def only_size(sidekick: nn.Module) -> list[int] | None:
+    """Height and width of images, if the model takes no other, as vision transformers state."""
+    config = data_config(sidekick)
+    size = getattr(sidekick, "image_size", None)  # torchvision's
+    if config.get("fixed_input_size"):
+        size = config["input_size"][-2:]
+    return None if size is None else [size, size] if isinstance(size, int) else list(size)
 
 
 def share_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -168,7 +173,8 @@ class Sidekick:
                 "logits do"
             )
         self.model, self.num_classes = model, num_classes
-        if isinstance(self.source, nn.Module) and self._first_weights is None:
+        given = isinstance(self.source, nn.Module) and not any(map(is_lazy, model.parameters()))
+        if given and self._first_weights is None:
             weights = model.state_dict()
             self._first_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
         return model
@@ -192,18 +198,34 @@ class Sidekick:
         if self._first_weights is not None and self.model is not None:
             self.model.load_state_dict(self._first_weights)
             rank_zero_info(
-                f"DuoCallback: beside another base the sidekick {self.name!r} starts again from "
-                "the weights that it had at first"
+                f"DuoCallback: in another run the sidekick {self.name!r} starts again from the "
+                "weights that it had at first"
             )
         self.model, self.num_classes = None, self._given_classes
+        self._transform = self._transform_given
+        self._transform_known = self._transform is not None
 
     def inputs(self, base: nn.Module, inputs: Any) -> Any:
         """What the sidekick sees of the base's inputs; no gradient flows back into them."""
         inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
-        if not self._transform_known and self.model is not None:
+        if self.model is not None and not (self._transform_known and self._fits(inputs)):
             self._transform = input_transform(self.model, base, inputs)
             self._transform_known = True
         return inputs if self._transform is None else self._transform(inputs)
+
+    def _fits(self, inputs: Any) -> bool:
+        """Whether the transform is also one for images of this size, which may differ by loader."""
+        resizes = self._transform_given is not None or self._resizes
+        size = None if resizes or self.model is None else only_size(self.model)
+        images = isinstance(inputs, Tensor) and inputs.ndim == 4
+        return size is None or not images or list(inputs.shape[-2:]) == size
+
+    @property
+    def _resizes(self) -> bool:
+        from torchvision.transforms import v2
+
+        steps = self._transform if isinstance(self._transform, nn.Sequential) else ()
+        return any(isinstance(step, v2.Resize) for step in steps)
 
     def deployable(self) -> nn.Module:
         """The model, behind its transform if it has one."""
@@ -232,9 +254,20 @@ def sidekick_logits(model: nn.Module, inputs: Any) -> Tensor:
     """Run the sidekick and return its logits (N, K).
 
     Raises:
-        ValueError: If it returns something else.
+        ValueError: If it cannot run these inputs, or returns something else.
     """
-    output = model(inputs)
+    try:
+        output = model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model may raise
+        seen = [describe(leaf) for leaf in tree_leaves(inputs)][:3]
+        raise ValueError(
+            f"the sidekick cannot run the base's inputs ({', '.join(seen)}): "
+            f"{type(error).__name__}: {error}; pass DuoCallback(..., sidekick_transform=...) that "
+            "makes of them what it takes, such as lambda x: x.expand(-1, 3, -1, -1) for gray "
+            "images, or another sidekick"
+        ) from error
     logits = as_logits(output)
     if logits is None:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

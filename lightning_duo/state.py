@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 from lightning_duo import __version__
@@ -68,7 +69,7 @@ def fingerprint(module: nn.Module) -> int | None:
     sums = [
         tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum()
         for tensor in (*module.parameters(), *statistics)
-        if tensor is not None and not tensor.is_complex()
+        if tensor is not None and not (tensor.is_complex() or tensor.is_meta or is_lazy(tensor))
     ]
     found = 0
     for value in torch.stack(sums).tolist() if sums else []:
@@ -172,7 +173,7 @@ def check_state(state: dict[str, Any], num_classes: int | None) -> None:
             f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
             "without DuoCallback"
         )
-    if num_classes not in (None, state["num_classes"]):
+    if state["sidekick"] is not None and num_classes not in (None, state["num_classes"]):
         raise ValueError(
             f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} classes, this "
             f"callback's has {num_classes}; make them the same, or load the checkpoint without "

@@ -10,6 +10,7 @@ from helpers import Classifier, loader, make_logits, make_trainer, small_images,
 
 from lightning_duo import DuoCallback, fit_temperatures, select_threshold
 from lightning_duo.calibration import Calibration, calibrate
+from lightning_duo.evaluation import evaluate
 from lightning_duo.logits import collect_logits
 
 BASE, SIDEKICK, TARGETS = make_logits(500, 5, seed=3)
@@ -101,3 +102,36 @@ def test_what_cannot_work_well_is_warned_of() -> None:
         calibrate(-BASE, -SIDEKICK, TARGETS)
     with pytest.raises(ValueError, match="base_logits must be a tensor"):
         calibrate(BASE.numpy(), SIDEKICK.numpy(), TARGETS.numpy())
+
+
+@pytest.mark.parametrize(("count", "classes"), [(300, 4), (3000, 400)])  # in float64, in float32
+def test_the_samples_that_fitted_are_recognised(count: int, classes: int, tmp_path: Path) -> None:
+    base, sidekick, targets = make_logits(count, classes, seed=0)
+    found = Calibration.load(calibrate(base, sidekick, targets).save(tmp_path / "found.json"))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    shuffled = [x[order] for x in (base, sidekick, targets)]
+    assert found.fitted_on(evaluate(*shuffled, found.fit))
+    assert not found.fitted_on(evaluate(*make_logits(count, classes, seed=1), found.fit))
+    assert not found.fitted_on(evaluate(*(x[:-1] for x in shuffled), found.fit))
+
+
+def test_samples_of_a_duo_without_errors_or_without_use_are_told_apart() -> None:
+    def useless(seed: int) -> tuple[torch.Tensor, ...]:
+        base, sidekick, targets = make_logits(200, 4, seed, margin=3.0)
+        return -base, -sidekick, targets
+
+    sure = [make_logits(200, 4, seed, margin=30.0) for seed in (0, 1)]
+    for (mine, other), said in ((sure, "without error"), ((useless(2), useless(3)), "are 0")):
+        with pytest.warns(UserWarning, match=said):
+            found = calibrate(*mine)
+        assert found.fitted_on(evaluate(*mine, found.fit))
+        assert not found.fitted_on(evaluate(*other, found.fit))
+
+
+def test_a_file_that_was_edited_is_refused(tmp_path: Path) -> None:
+    path = calibrate(*make_logits(300, 4, seed=0)).save(tmp_path / "found.json")
+    state = json.loads(path.read_text())
+    state["temperatures"]["base"] = 9
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="are not those of its fit"):
+        Calibration.load(path)

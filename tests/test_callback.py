@@ -463,7 +463,10 @@ def test_nan_logits_are_an_error_and_not_a_number() -> None:
         trainer.fit(Diverged(), loader(TRAIN), loader(VAL))  # it is not the duo that ends it
     assert trainer.global_step == 30
     assert duo.fit is None
-    assert not any("val_nll" in name for name in trainer.callback_metrics)
+    assert duo.results == {}
+    values = trainer.callback_metrics  # so that what watches them learns of it
+    assert all(torch.isnan(values[f"{model}/val_nll"]) for model in ("base", "sidekick", "duo"))
+    assert torch.isnan(values["duo/temperature_base"])
 
 
 def test_a_sidekick_that_is_the_base_is_refused() -> None:

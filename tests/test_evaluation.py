@@ -144,3 +144,20 @@ def test_reset_forgets() -> None:
     once = DuoMetrics(5, FIT)
     once.update(BASE, SIDEKICK, TARGETS)
     assert found.compute() == once.compute()
+
+
+def test_float64_logits_may_be_far_from_zero() -> None:
+    base, sidekick, targets = (x.double() for x in make_logits(300, 5, seed=0))
+    targets = targets.to(torch.uint8)
+    fit = fit_temperatures(base, sidekick, targets)
+    near, far = DuoMetrics(5, fit), DuoMetrics(5, fit)
+    near.update(base, sidekick, targets)
+    far.update(base + 1e8, sidekick - 1e8, targets)
+    for form, values in near.compute().items():
+        assert far.compute()[form] == pytest.approx(values, rel=1e-5)
+
+
+def test_no_samples_are_said() -> None:
+    metrics = DuoMetrics(3, fit_temperatures(*make_logits(50, 3, seed=0)))
+    with pytest.raises(ValueError, match="no samples"), pytest.warns(match="before the ``update"):
+        metrics.compute()

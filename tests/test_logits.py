@@ -69,6 +69,10 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
         base.write_text(header + numbered)
         with pytest.raises(ValueError, match=r"base\.csv .* first column counts the rows"):
             read_logits(str(base), str(base), targets)
+    shuffled = "".join(f"{7 * i % 200},{line}\n" for i, line in enumerate(rows.splitlines()))
+    base.write_text(",a,b,c,d,e\n" + shuffled)
+    with pytest.raises(ValueError, match=r"base\.csv .* first column has no name, as an index"):
+        read_logits(str(base), str(base), targets)
     (tmp_path / "t.csv").write_text("0\n" + "".join(f"{t}\n" for t in TARGETS.tolist()))
     base.write_text("a,b,c,d,e\n" + rows)
     with pytest.raises(ValueError, match=r"201 targets.*is a first line a header"):
@@ -186,6 +190,13 @@ def test_weak_models_and_small_sets_are_not_warned_of() -> None:
         warnings.simplefilter("error")
         check_logits(Logits(BASE, constant, TARGETS))
         check_logits(Logits(BASE[:20], SIDEKICK[:20].flip(0), TARGETS[:20]))
+
+
+def test_a_column_that_outdoes_all_classes_is_warned_of() -> None:
+    rest = torch.where(TARGETS == 0, 1, TARGETS)  # class 0 is not the commonest
+    base = torch.cat([1000 + torch.randn(len(BASE), 1), BASE[:, 1:]], dim=1)
+    with pytest.warns(UserWarning, match="base_logits predicts class 0 for every sample"):
+        check_logits(Logits(base, SIDEKICK, rest))
 
 
 def test_models_are_run_over_a_loader_and_left_as_they_were() -> None:

@@ -234,3 +234,43 @@ def test_bad_members_are_named() -> None:
         DuoModule(small_net(4), small_net(5), (1.0, 1.0)).eval()(X)
     with pytest.raises(ValueError, match="the sidekick of a DuoModule must return"):
         DuoModule(small_net(), nn.Identity(), (1.0, 1.0)).eval()(X)
+
+
+def test_a_base_that_works_in_place_leaves_the_sidekicks_inputs_alone() -> None:
+    base = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(192, 4))
+    duo = DuoModule(base, small_net(), (1.0, 0.5)).eval()
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    kept = x.clone()
+    first, second = duo.member_logits(x)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(first, base(kept.clone()))
+    torch.testing.assert_close(second, duo.sidekick(kept))
+
+
+def test_tensors_that_overlap_and_state_that_is_no_tensor(tmp_path: Path) -> None:
+    class Overlapping(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            whole = torch.arange(8.0)
+            self.register_buffer("whole", whole)
+            self.register_buffer("part", whole[2:6])
+
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict:
+            return {"calls": 3}
+
+    duo = DuoModule(Overlapping(), nn.Linear(4, 3), (1.0, 0.5)).eval()
+    duo.save(tmp_path / "duo.safetensors")
+    again = DuoModule.load(tmp_path / "duo.safetensors", Overlapping(), nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    assert torch.equal(again(x).probs, duo(x).probs)
+    with pytest.raises(ValueError, match=r"base\._extra_state is no tensor \(dict\)"):
+        DuoModule(Extra(4, 3), nn.Linear(4, 3), (1.0, 0.5)).save(tmp_path / "extra.safetensors")
+    assert not (tmp_path / "extra.safetensors").exists()
+
+
+def test_temperatures_that_are_trained_elsewhere_are_copied() -> None:
+    trained = nn.Parameter(torch.tensor([1.0, 0.5]))
+    duo = DuoModule(nn.Linear(4, 3), nn.Linear(4, 3), 2 * trained)
+    assert not duo.temperatures.requires_grad
+    assert torch.equal(copy.deepcopy(duo).temperatures, torch.tensor([2.0, 1.0]))

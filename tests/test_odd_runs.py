@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import math
+import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +13,7 @@ import pytest
 import torch
 from helpers import Classifier, digest, loader, make_trainer, small_images, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from test_any_run import VAL, check_duo, compare
 from test_any_run import Classifier as Base
 from torch import Tensor, nn
@@ -415,3 +418,285 @@ def test_only_samplers_that_repeat_are_corrected() -> None:
     tiny = Subset(VAL, [0, 1])
     few = [DistributedSampler(tiny, 4, rank) for rank in range(4)]
     assert [own_samples(DataLoader(tiny, sampler=part)) for part in few] == [1, 1, 0, 0]
+
+
+# ---- what differs between loaders, runs and steps ----
+
+
+class OneSize(nn.Module):
+    """A sidekick for images of 8 pixels only, as vision transformers are for 224."""
+
+    image_size = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 8, f"Input height ({x.shape[-1]}) doesn't match model (8)"
+        return self.net(x)
+
+
+class AnySize(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        pool = nn.AdaptiveAvgPool2d(8)
+        self.net = nn.Sequential(pool, small_net())
+
+
+def of_size(data: TensorDataset, size: int) -> DataLoader:
+    images, targets = data.tensors
+    return loader(TensorDataset(nn.functional.interpolate(images, size), targets))
+
+
+def test_sizes_of_images_may_differ_between_loaders() -> None:
+    duo = make_duo(OneSize())
+    trainer, module = make_trainer(duo), AnySize()
+    trainer.fit(module, of_size(TRAIN, 12), of_size(VAL, 8))  # 8 pixels come first
+    trainer.test(module, of_size(VAL, 16), verbose=False)
+    x = of_size(VAL, 16).dataset.tensors[0]
+    wanted = duo.results["test"]["duo"]["accuracy"]
+    found = (duo.module(x).prediction == VAL.tensors[1]).float().mean().item()
+    assert found == pytest.approx(wanted)
+    plain = make_duo(OneSize())  # no resizing where none is needed
+    fitted(plain, AnySize())
+    assert isinstance(plain.module.sidekick, OneSize)
+
+
+def test_the_transform_of_another_base_is_forgotten() -> None:
+    duo = make_duo(lambda num_classes: OneSize())
+    module = AnySize()
+    make_trainer(duo).fit(module, of_size(TRAIN, 16), of_size(VAL, 16))
+    assert isinstance(duo.module.sidekick, nn.Sequential)
+    fitted(duo, AnySize())
+    assert isinstance(duo.module.sidekick, OneSize)
+
+
+class SecondLoader(Classifier):
+    """Watches data that have no labels beside the ones that have."""
+
+    def validation_step(self, batch: list, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx:
+            self.log("ood", self(batch[0]).softmax(1).amax(1).mean(), add_dataloader_idx=False)
+        else:
+            super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: list, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize("labels", [None, -1])
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_further_loaders_without_labels_are_left_out(labels: int | None, sanity: int) -> None:
+    images = small_images(32, 5).tensors[0]
+    tensors = (images,) if labels is None else (images, torch.full((32,), labels))
+    unlabelled = loader(TensorDataset(*tensors))
+    duo, module = make_duo(), SecondLoader()
+    trainer = make_trainer(duo, num_sanity_val_steps=sanity)
+    with pytest.warns(UserWarning, match="validation dataloader 1 is not measured: "):
+        trainer.fit(module, loader(TRAIN), [loader(VAL), unlabelled])
+    assert "ood" in trainer.callback_metrics
+    assert set(duo.results) == {"val"}
+    with pytest.warns(UserWarning, match="test dataloader 1 is not measured: "):
+        trainer.test(module, [loader(VAL), unlabelled], verbose=False)
+    assert set(duo.results) == {"val", "test"}
+    with pytest.raises(ValueError, match=r"batch_fn|targets"):  # the first must be measured
+        trainer.test(module, [unlabelled, loader(VAL)], verbose=False)
+
+
+def test_results_are_those_of_the_last_test() -> None:
+    duo, module = make_duo(), SecondLoader()
+    trainer = fitted(duo, module)
+    trainer.test(module, [loader(VAL), loader(TRAIN)], verbose=False)
+    assert set(duo.results) == set(duo.predictions) == {"val", "test", "test/dataloader_idx_1"}
+    trainer.test(module, loader(VAL), verbose=False)
+    assert set(duo.results) == set(duo.predictions) == {"val", "test"}
+
+
+class ReturnsFeatures(Classifier):
+    def validation_step(self, batch: list, batch_idx: int) -> Tensor:
+        super().validation_step(batch, batch_idx)
+        return self.net[:2](batch[0])  # for a plot of embeddings
+
+
+class ForwardGivesFeatures(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[:2](x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.net[2:](self(x))
+
+    def training_step(self, batch: list, batch_idx: int) -> dict:
+        logits = self.logits(batch[0])
+        return {"loss": nn.functional.cross_entropy(logits, batch[1]), "logits": logits}
+
+    def validation_step(self, batch: list, batch_idx: int) -> Tensor:
+        return self.logits(batch[0])
+
+
+class Averages(Classifier):
+    def validation_step(self, batch: list, batch_idx: int) -> dict:
+        return {"logits": (self(batch[0]) + 3 * self(batch[0].flip(-1))) / 4}
+
+
+@pytest.mark.parametrize(
+    ("module", "logits", "said"),
+    [
+        (ReturnsFeatures, lambda module, x: module(x), "forward's are taken"),
+        (ForwardGivesFeatures, lambda module, x: module.logits(x), "what it returns is taken"),
+        (
+            Averages,
+            lambda module, x: (module(x) + 3 * module(x.flip(-1))) / 4,
+            "what it returns is taken",
+        ),
+    ],
+)
+def test_a_step_that_returns_other_logits_than_its_forward(
+    module: type, logits: Callable, said: str
+) -> None:
+    duo, base = make_duo(), module()
+    with pytest.warns(UserWarning, match=f"gives other logits .* {said}"):
+        fitted(duo, base)
+    images, targets = VAL.tensors
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(logits(base.eval(), images), targets)
+    assert duo.results["val"]["base"]["nll"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_folds_that_reset_the_weights_of_one_module_start_the_sidekick_anew() -> None:
+    module, duo = Classifier(), make_duo(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    first, weights = copy.deepcopy(module.state_dict()), copy.deepcopy(duo._sidekick.source)
+    trained = []
+    for _ in range(2):
+        module.load_state_dict(first)
+        L.seed_everything(3, verbose=False)
+        fitted(duo, module)
+        trained.append(digest(duo.module.sidekick.state_dict()))
+    assert trained[0] == trained[1] != digest(weights.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fitted(duo, module)  # goes on from where both are
+    assert digest(duo.module.sidekick.state_dict()) != trained[0]
+    with torch.no_grad():
+        module.net[1].weight.normal_()
+    with pytest.warns(UserWarning, match="other weights than at the end of the last fit"):
+        fitted(duo, module)
+
+
+def test_a_trial_of_learning_rates_leaves_the_sidekick_as_it_was(tmp_path: Path) -> None:
+    found = []
+    for tried in (False, True):
+        L.seed_everything(3, verbose=False)
+        duo = make_duo(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).requires_grad_(True))
+        with torch.no_grad():
+            duo._sidekick.source[1].weight.fill_(0.01)
+        finder = [LearningRateFinder(num_training_steps=8, update_attr=False)] if tried else []
+        module = WithRate()
+        trainer = make_trainer(duo, *finder, default_root_dir=tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*holds no state")
+            trainer.fit(module, loader(TRAIN), loader(VAL))
+        found.append(digest(duo.module.sidekick.state_dict()))
+    assert found[0] == found[1]
+
+
+class WithRate(Classifier):
+    lr = 1e-3
+
+
+def test_a_transform_with_modes_is_in_eval_mode_where_the_sidekick_is() -> None:
+    dropout = nn.Dropout(0.5)
+    duo = make_duo(sidekick_transform=dropout)
+    fitted(duo, Classifier())
+    assert dropout.training
+    images, targets = VAL.tensors
+    logits = nn.functional.cross_entropy(duo.module.member_logits(images)[1], targets).item()
+    assert duo.results["val"]["sidekick"]["nll"] == pytest.approx(logits, rel=1e-5)
+
+
+def test_a_copied_callback_writes_its_report(tmp_path: Path) -> None:
+    duo = make_duo()
+    fitted(duo, Classifier())
+    again = pickle.loads(pickle.dumps(duo))
+    path = again.write_report(tmp_path / "report.html", resamples=10)
+    assert "<html" in path.read_text()
+
+
+def test_watchers_of_a_duo_that_diverges_go_on(tmp_path: Path) -> None:
+    class Diverges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = small_net(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.net(x) * (torch.nan if self.calls > 20 else 1)
+
+    duo = make_duo(Diverges())
+    best = ModelCheckpoint(tmp_path, "{epoch}", monitor="duo/val_aurc")
+    stop = EarlyStopping("duo/val_aurc", patience=9, check_finite=False)
+    trainer = make_trainer(duo, best, stop, max_epochs=4, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="no temperatures can be fitted"):
+        trainer.fit(Classifier(), loader(TRAIN), loader(VAL))
+    assert trainer.current_epoch == 4
+    assert best.best_model_path.endswith("epoch=0.ckpt")
+    assert math.isfinite(best.best_model_score)
+
+
+def test_a_trainer_of_the_other_package_is_named() -> None:
+    other = type("Trainer", (), {"__module__": "pytorch_lightning.trainer"})()
+    with pytest.raises(MisconfigurationException, match=r"of pytorch_lightning; import it, and"):
+        make_duo().setup(other, Classifier(), "fit")
+
+
+class OneOutput(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        return self(batch[0]).mean()
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        self(batch[0])
+
+
+class Crops(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(96, 4))
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        halves = batch[0].unflatten(2, (2, 4)).unbind(2)
+        return nn.functional.cross_entropy(sum(map(self.net, halves)), batch[1])
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize(
+    ("module", "sidekick", "message"),
+    [
+        (OneOutput, small_net, "a duo needs logits of K >= 2 classes"),
+        (Crops, small_net, "the forward of Crops cannot run .*pass DuoCallback.*logits_fn"),
+        (
+            Classifier,
+            nn.Sequential(nn.Conv2d(5, 4, 8), nn.Flatten()),
+            r"the sidekick cannot run the base's inputs \(torch.float32 tensor \(16, 3, 8, 8\)\): "
+            "RuntimeError: .*to have 5 channels.*sidekick_transform",
+        ),
+    ],
+)
+def test_what_a_model_cannot_run_is_named(
+    module: type, sidekick: object, message: str, sanity: int
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(make_duo(copy.deepcopy(sidekick)), module(), num_sanity_val_steps=sanity)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_lazy_sidekicks(sanity: int) -> None:
+    duo = make_duo(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
+    fitted(duo, Classifier(), num_sanity_val_steps=sanity)
+    assert duo.module.sidekick[1].weight.shape == (4, 192)

@@ -469,3 +469,13 @@ def test_processes_agree_on_the_precision(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert fit_temperatures(A, B, Y, reduce=reduce) == fit_temperatures(A.double(), B.double(), Y)
     assert flags == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_targets_may_be_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    base, sidekick, targets = make_logits(200, 5, seed=0)
+    assert fit_temperatures(base, sidekick, targets.to(dtype)) == fit_temperatures(
+        base, sidekick, targets
+    )
+    with pytest.raises(ValueError, match=r"integer targets.*torch\.bool"):
+        fit_temperatures(base, sidekick, targets > 2)

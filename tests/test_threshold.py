@@ -304,3 +304,10 @@ def test_nothing_accepted_says_why_and_how_many_samples_it_takes() -> None:
     assert found == Threshold(0.0, 1.0, 0.9)
     with pytest.warns(UserWarning, match="lower the target, raise delta, or use more samples"):
         select_threshold(enough, enough > 0.2, 0.9, delta=0.1)
+
+
+@pytest.mark.parametrize(("target", "bound"), [(1e-10, 0), (1 - 1e-10, 1)])
+def test_targets_too_near_to_0_and_1_are_named(target: float, bound: int) -> None:
+    confidence, correct = torch.rand(100), torch.ones(100, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{target} is too near to {bound}"):
+        select_threshold(confidence, correct, target, delta=0.05)
