@@ -199,11 +199,11 @@ class BaseLogits:
             and torch.equal(argument, inputs)
         )
         if len(calls) > 1 or not same:
-            what = f"calls forward {len(calls)} times" if same else "changes the batch's inputs"
+            what = f"{len(calls)} times" if same else "with something else than the batch's inputs"
             rank_zero_warn(
-                f"DuoCallback: the step {what} before it has its logits, but the duo calls forward "
-                "once, on the inputs as they are in the batch; pass DuoCallback(..., "
-                "logits_fn=lambda module, inputs: ...) that does all the step does"
+                f"DuoCallback: the step calls forward {what} before it has its logits, but the duo "
+                "calls it once, as forward(inputs), with the inputs as they are in the batch; pass "
+                "DuoCallback(..., logits_fn=lambda module, inputs: ...) that does all the step does"
             )
 
     def num_classes(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> int:

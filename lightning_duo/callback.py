@@ -75,7 +75,8 @@ class DuoCallback(Callback):
         batch_fn: ``batch -> (inputs, targets)``, for batches that are neither a tuple nor a mapping
             with usual keys. It is given the batch as the step will get it, before the step.
         logits_fn: ``(module, inputs) -> logits (N, K)``, for modules whose step and forward do not
-            give the logits.
+            give the logits. To be named in a file of LightningCLI, a function is annotated
+            ``-> torch.Tensor``.
         probe: Fraction of the training that trains the sidekick's head only.
         optimizer: ``parameters -> Optimizer``; by default AdamW.
         lr_scheduler: ``optimizer -> scheduler``, stepped with the optimizer; by default linear

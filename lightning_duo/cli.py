@@ -204,7 +204,8 @@ def export(
             that gives the model when called without arguments (my_models:Classifier).
         sidekick: What builds the sidekick, likewise; behind a transform it is a function that gives
             nn.Sequential(transform, model).
-        input_size: Size of one sample, such as 3x224x224.
+        input_size: Size of one sample of floating-point numbers, such as 3x224x224. Duos of token
+            ids are exported in Python, by lightning_duo.export.export_duo.
         format: program (torch.export), aoti (compiled by AOTInductor for this machine's kind of
             processor) or onnx. By default onnx for *.onnx, else program.
         dtype: Precision of weights and inputs.

@@ -61,7 +61,7 @@ class TemperatureFit:
     """Optimum of the duo."""
     nll: float
     """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``. It is what the
-    last Newton step foresees, exact to about 1e-11, or 1e-6 where it computes in float32."""
+    last Newton step foresees, exact to about 1e-11, or a few 1e-6 where it computes in float32."""
     scaled_base: Temperatures
     """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
     nll_base: float
@@ -110,7 +110,7 @@ def fit_temperatures(
     cases, in chunks: the extra memory is a few tens of MB whatever the number of samples.
     Arithmetic is in float64 for float64 logits, on CUDA, and for up to a million logits (2^20 a
     model); else in float32, with sums over samples in float64: the NLL of the temperatures is then
-    within about 1e-7 of the lowest, and reported to about 1e-6.
+    within about 1e-7 of the lowest, and reported to a few 1e-6.
 
     Args:
         base_logits: Logits of the base, shape (N, K), any floating dtype.

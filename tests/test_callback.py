@@ -601,7 +601,7 @@ def test_steps_that_change_the_inputs_are_said() -> None:
         def validation_step(self, batch: list, batch_idx: int) -> None:
             self(batch[0] / 3)
 
-    with pytest.warns(UserWarning, match="changes the batch's inputs"):
+    with pytest.warns(UserWarning, match="with something else than the batch's inputs"):
         make_trainer(make_duo()).fit(Scales(), loader(TRAIN), loader(VAL))
 
 
