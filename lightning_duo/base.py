@@ -124,7 +124,7 @@ class BaseLogits:
         """
         seen, self._seen = self._seen, []
         if self.logits_fn is not None:
-            with evaluating(module), keeping_buffers(module):
+            with evaluating(module), unnoticed(module):
                 return self._checked(self.logits_fn(module, inputs), targets)
         logits = as_logits(outputs)
         if logits is not None and len(logits) == len(targets):
@@ -222,7 +222,7 @@ class BaseLogits:
             )
             self._announced = True
         try:
-            with evaluating(module), keeping_buffers(module):
+            with evaluating(module), unnoticed(module):
                 logits = call_base(module, inputs)
         except (RuntimeError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -279,22 +279,39 @@ def evaluating(module: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
-def keeping_buffers(module: nn.Module) -> Generator[None, None, None]:
-    """Undo what a forward that the user does not know of does to buffers, such as counters."""
+def unnoticed(module: nn.Module) -> Generator[None, None, None]:
+    """Undo what a forward that the user does not know of does: to buffers, such as counters.
+
+    What it logs is dropped.
+    """
     kept = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
+    silenced = [
+        (part, name)
+        for part in module.modules()
+        for name in ("log", "log_dict")
+        if callable(getattr(type(part), name, None)) and name not in vars(part)
+    ]
+    for part, name in silenced:
+        vars(part)[name] = _nothing
     try:
         yield
     finally:
+        for part, name in silenced:
+            del vars(part)[name]
         with torch.no_grad():
             for part, name, buffer, values in kept:
                 part._buffers[name] = buffer
                 if not same_values(buffer, values):
                     buffer.copy_(values)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Log nothing."""
 
 
 def call_base(module: nn.Module, inputs: Any) -> Tensor:

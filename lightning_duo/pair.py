@@ -17,7 +17,7 @@ from lightning_duo.base import (
     call_base,
     evaluating,
     has_forward,
-    keeping_buffers,
+    unnoticed,
 )
 from lightning_duo.batch import BatchFn, Snapshot, check_read, check_targets, read_batch
 from lightning_duo.calibration import Calibration
@@ -142,7 +142,7 @@ class Pair:
             return None
         sidekick = self.sidekick.deployable()
         try:
-            with own_stream(module.device), keeping_buffers(module):
+            with own_stream(module.device), unnoticed(module):
                 base = count_flops(module, self._example, self.base.logits_fn or call_base)
                 flops = base, count_flops(sidekick, self._example)
         except Exception as error:  # the user's forward may want more than a batch of one

@@ -109,7 +109,7 @@ def test_calls_of_other_callbacks_are_not_the_steps() -> None:
 
 
 class Counts(Classifier):
-    """A buffer that every forward changes."""
+    """Buffers that every forward changes, and something that it logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,10 @@ class Counts(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.replaced = self.replaced + 1
-        return self.net(x)
+        logits = self.net(x)
+        if self._trainer is not None:
+            self.log("norm", logits.norm())
+        return logits
 
 
 class CountsElsewhere(Counts):
@@ -130,7 +133,7 @@ class CountsElsewhere(Counts):
 
 
 @pytest.mark.parametrize("make", [Counts, CountsElsewhere])
-def test_forwards_of_the_callbacks_own_leave_buffers_alone(make: type) -> None:
+def test_forwards_of_the_callbacks_own_leave_buffers_and_logs_alone(make: type) -> None:
     compare(make)
 
 
