@@ -110,7 +110,9 @@ class BaseLogits:
         if logits is not None:
             self._seen.append((next(iter((*args, *kwargs.values())), None), logits.detach()))
 
-    def of(self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor) -> Tensor:
+    def of(
+        self, module: nn.Module, outputs: Any, inputs: Any, targets: Tensor, *, classes: int = 0
+    ) -> Tensor:
         """Logits (N, K) of the batch whose step just returned ``outputs``.
 
         Args:
@@ -118,6 +120,7 @@ class BaseLogits:
             outputs: What its training, validation or test step returned.
             inputs: Inputs of the batch.
             targets: Targets of the batch, shape (N,).
+            classes: K, if it is known.
 
         Raises:
             ValueError: If no logits can be found or their shape does not fit the targets.
@@ -128,7 +131,7 @@ class BaseLogits:
                 return self._checked(self.logits_fn(module, inputs), targets)
         logits = as_logits(outputs)
         if logits is not None and len(logits) == len(targets):
-            logits = self._unless_forward_differs(logits, seen, inputs, targets)
+            logits = self._unless_forward_differs(outputs, seen, inputs, (targets, classes))
         else:
             logits = self._from_forward(seen, inputs, targets)
         if logits is None:
@@ -166,19 +169,25 @@ class BaseLogits:
         return candidates[0] if candidates else None
 
     def _unless_forward_differs(
-        self, returned: Tensor, seen: list[tuple[Any, Tensor]], inputs: Any, targets: Tensor
+        self, outputs: Any, seen: list[tuple[Any, Tensor]], inputs: Any, known: tuple[Tensor, int]
     ) -> Tensor:
         """What the step returned as logits, beside what its forward gave for the same inputs.
 
-        Where they are of unlike width one is features, and the narrower is taken.
+        A bare tensor of another width is one of logits and features: that of as many columns as
+        there are classes, or the narrower of the two, is taken for the logits.
         """
+        targets, classes = known
+        returned = as_logits(outputs)
+        assert returned is not None
         forwards = [x for argument, x in seen if argument is inputs and len(x) == len(returned)]
         if len(forwards) != 1 or not len(returned):
             return returned
         forward, chosen = forwards[0], returned
-        if forward.shape != returned.shape:
+        if forward.shape != returned.shape and isinstance(outputs, Tensor):
             narrow, wide = sorted((forward, returned), key=lambda x: x.shape[1])
-            chosen = narrow if narrow.shape[1] > int(targets.max()) else wide
+            width = narrow.shape[1]
+            is_narrow = width == classes if classes else width > int(targets.max())
+            chosen = narrow if is_narrow else wide
         if not self._compared and not (chosen is returned and _close(forward, returned)):
             which = "what it returns is" if chosen is returned else "forward's are"
             rank_zero_warn(

@@ -302,9 +302,9 @@ class DuoCallback(Callback):
             self._begun.clear()
         another = self._module is not None and self._module is not module
         now = fingerprint(module) if trainer.ckpt_path is None else None
-        if now is not None and not another and self._ended not in (None, now):
+        if now is not None and not another and self._ended != now:
             another = now in self._begun
-            if not another:
+            if not another and self._ended is not None:
                 rank_zero_warn(
                     f"{self._me}: the base has other weights than at the end of the last fit, and "
                     "the sidekick goes on from what it learned there; if this is another run, as "
@@ -312,8 +312,9 @@ class DuoCallback(Callback):
                 )
         if now is not None:
             self._begun.add(now)
-        self._ended = None
-        return another
+        self._ended = None  # until this fit ends, and for good if it is interrupted
+        found: bool = trainer.strategy.broadcast(another)
+        return found
 
     def _check_others(self, trainer: Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -434,6 +435,7 @@ class DuoCallback(Callback):
         if any(is_lazy(parameter) for parameter in model.parameters()):
             with own_stream(pl_module.device), evaluating(model):
                 sidekick_logits(model, self._sidekick.inputs(pl_module, batch[0]))
+        self._sidekick.remember()
         return SidekickTrainer(
             model,
             num_classes,
@@ -640,10 +642,12 @@ class DuoCallback(Callback):
         sidekick = self._sidekick
         check_state(state_dict, sidekick.num_classes)
         if state_dict["sidekick"] is None:
-            self._stop_training()
-            self._training_state = None
-            sidekick.forget()
-            self._restored = True
+            if self._stage == "fit":  # back to before it was built
+                self._stop_training()
+                self._training_state = None
+                sidekick.forget()
+                self._record.unfit()
+                self._restored = True
             return
         if state_dict["transform"] != sidekick.transform_name:
             rank_zero_warn(

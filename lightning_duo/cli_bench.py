@@ -86,7 +86,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     first, second, sample = _pair_to_measure(base, sidekick, input_size, classes, where, dtype)
-    free = throughput.free_memory()
+    free = throughput.free_memory() if where == "cpu" else None
     if batch is not None and free is not None and batch * sample.nbytes > free:
         raise ValueError(
             f"--batch {batch}: such a batch of {_shape_text(sample)} takes "
@@ -110,11 +110,15 @@ def bench(
             budget=60,
             say=status.update if progress.is_terminal else progress.print,
         )
+    problem: OSError | None = None
     if output is not None:
         size = list(sample.shape[1:])
         pair = {"base": base, "sidekick": sidekick, "input_size": size, "dtype": dtype}
         lines = [json.dumps({**pair, **row, **counted}) + "\n" for row in rows]
-        Path(output).write_text("".join(lines))
+        try:
+            Path(output).write_text("".join(lines))
+        except OSError as error:  # the table must not be lost with the file
+            problem = error
     machine = environment(where)
     turns = min(row["readings"] for row in rows if "readings" in row)
     # A file or a pipe has no width of its own, and digits must not be cut.
@@ -130,6 +134,8 @@ def bench(
         highlight=False,
         markup=False,  # what compilers say may look like it
     )
+    if problem is not None:
+        raise ValueError(f"--output {output} cannot be written: {problem}") from problem
     if output is not None:
         print(f"wrote {output}")
 

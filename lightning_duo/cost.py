@@ -76,7 +76,15 @@ def _product(first: torch.Size, second: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * first.numel()
 
 
-PRODUCTS = {torch.ops.aten.mv: _product, torch.ops.aten.dot: _product}  # PyTorch's counter has none
+def _added_product(added: torch.Size, first: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * first.numel()
+
+
+PRODUCTS = {  # with vectors, which PyTorch's counter leaves out
+    torch.ops.aten.mv: _product,
+    torch.ops.aten.dot: _product,
+    torch.ops.aten.addmv: _added_product,
+}
 
 
 @contextmanager
@@ -103,10 +111,14 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     PyTorch's counter expects to find the graph of what does, and without gradients a view of a
     parameter has none: it fails on learned queries, such as SigLIP's pooling.
     """
-    trained = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    trained = [
+        p
+        for p in module.parameters()
+        if not is_lazy(p) and p.requires_grad and p.is_leaf and not p.is_inference()
+    ]
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in trained:
@@ -218,17 +230,17 @@ def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> di
     """
     try:
         cost = measure_cost(base, sidekick, sample)
+        fused = Cost(
+            count_flops(base, sample, fused=True),
+            count_flops(sidekick, sample, fused=True),
+            cost.parameters_base,
+            cost.parameters_sidekick,
+        )
     except Exception as error:  # of the counter, as for flex attention; a speed needs no count
         parameters = count_parameters(base), count_parameters(sidekick)
         names = ("balance", "balance_fused", "balance_fvcore", "skipped_fvcore")
         unknown = {**Cost(None, None, *parameters)._asdict(), **dict.fromkeys(names)}  # type: ignore[arg-type]
         return {**unknown, "not_counted": f"{type(error).__name__}: {error}"}
-    fused = Cost(
-        count_flops(base, sample, fused=True),
-        count_flops(sidekick, sample, fused=True),
-        cost.parameters_base,
-        cost.parameters_sidekick,
-    )
     found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
     found["not_counted"] = None
     try:

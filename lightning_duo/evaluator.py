@@ -177,7 +177,8 @@ class Evaluator:
 
         Raises:
             ValueError: If there is nothing to fit, and this is no validation within fit; there a
-                warning says so, since the base's training is not to end with the sidekick.
+                warning says so and NaN is logged: the base's training ends with the sidekick only
+                where a callback that watches these values wants it so.
         """
         processes = Processes(trainer, module)
         classes = processes.num_classes(self.pair.sidekick.num_classes)
@@ -194,7 +195,7 @@ class Evaluator:
             if not fitting:
                 raise
             # For those that watch these values: Lightning would go on with the last ones, or fail.
-            self._log_nothing(processes)
+            self._log_nothing(processes, loaders)
             rank_zero_warn(
                 f"{self.me}: no temperatures can be fitted at step {self.record.step}: {error}. If "
                 "it is the sidekick that diverges, give it a smaller learning rate "
@@ -208,12 +209,15 @@ class Evaluator:
         elif self.pair.sidekick.model is not None:
             self.record.consider(self.pair.sidekick.model, fit.nll_sidekick)
 
-    def _log_nothing(self, processes: Processes) -> None:
+    def _log_nothing(self, processes: Processes, loaders: list[int]) -> None:
         """NaN for what is logged at a validation, where there are no temperatures."""
-        names = [f"{model}/val_{metric}" for model in LOGGED for metric in HIGHER_IS_BETTER]
-        names += [f"duo/temperature_{model}" for model in Temperatures._fields]
+        names = [f"duo/temperature_{model}" for model in Temperatures._fields]
+        measured = [f"{model}/val_{metric}" for model in LOGGED for metric in HIGHER_IS_BETTER]
         if self.request[0] is not None:
-            names += ["duo/threshold", "duo/val_coverage", "duo/val_selective_accuracy"]
+            names.append("duo/threshold")
+            measured += ["duo/val_coverage", "duo/val_selective_accuracy"]
+        for loader in loaders:
+            names += [stage_name(name, loader) for name in measured]
         for name in names:
             self.log.value(processes, name, math.nan)
 

@@ -111,8 +111,9 @@ class DuoModule(nn.Module):
     def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
         """Logits of base and sidekick, each (N, K), of one dtype.
 
-        The base is given a copy of the tensors in ``x``: one that begins with an operation in
-        place would change what the sidekick sees.
+        The base is given a copy of the tensors in ``x`` (itself a tensor, or tuples, lists and
+        dicts of them): one that begins with an operation in place would change what the sidekick
+        sees.
 
         Raises:
             ValueError: If either gives no logits, or their shapes differ.
@@ -158,11 +159,12 @@ class DuoModule(nn.Module):
         tensors: dict[str, Tensor] = {}
         written: set[int] = set()
         for name, value in self.state_dict().items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+                what = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"{name} is no tensor ({type(value).__name__}), and the file of a duo holds "
-                    "tensors only; let get_extra_state of that module return a tensor, or "
-                    "torch.save the duo's state_dict()"
+                    f"{name} is no dense tensor with values ({what}), and the file of a duo holds "
+                    "nothing else; if it is a module's get_extra_state, let that return a tensor, "
+                    "or torch.save the duo's state_dict()"
                 )
             own = value.contiguous()
             # The format stores no aliases: tied weights are written once for every name.

@@ -1,6 +1,7 @@
 """What options of the command line name: models, sizes, and files to write."""
 
 import math
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,13 +34,11 @@ def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
             check_matplotlib()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            new = not Path(path).exists()
-            with Path(path).open("ab"):
-                pass
-            if new:
-                Path(path).unlink()
         except OSError as error:
             raise ValueError(f"{option} {path} cannot be written: {error}") from error
+        existing = Path(path) if Path(path).exists() else Path(path).parent
+        if Path(path).is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"{option} {path} cannot be written: it is a folder, or protected")
 
 
 def check_numbers(numbers: dict[str, tuple[int | None, int]]) -> None:

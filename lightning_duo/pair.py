@@ -114,7 +114,8 @@ class Pair:
         inputs, targets = self.after_step(pl_module)
         with own_stream(pl_module.device):
             with trainer.precision_plugin.val_step_context():
-                base = self.base.of(pl_module, outputs, inputs, targets)
+                known = self.sidekick.num_classes or 0
+                base = self.base.of(pl_module, outputs, inputs, targets, classes=known)
             classes = base.shape[1]
             if self.sidekick.num_classes not in (None, classes):
                 raise ValueError(

@@ -173,11 +173,17 @@ class Sidekick:
                 "logits do"
             )
         self.model, self.num_classes = model, num_classes
-        given = isinstance(self.source, nn.Module) and not any(map(is_lazy, model.parameters()))
-        if given and self._first_weights is None:
+        self.remember()
+        return model
+
+    def remember(self) -> None:
+        """Keep the first weights of a model that was given, for `forget`; lazy ones have none."""
+        model = self.model
+        if model is None or self._first_weights is not None or model is not self.source:
+            return
+        if not any(map(is_lazy, model.parameters())):
             weights = model.state_dict()
             self._first_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
-        return model
 
     @property
     def module(self) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,10 @@ def test_the_samples_that_fitted_are_recognised(count: int, classes: int, tmp_pa
     assert found.fitted_on(evaluate(*shuffled, found.fit))
     assert not found.fitted_on(evaluate(*make_logits(count, classes, seed=1), found.fit))
     assert not found.fitted_on(evaluate(*(x[:-1] for x in shuffled), found.fit))
+    twice = [torch.cat([x, x]) for x in shuffled]
+    assert not found.fitted_on(evaluate(*twice, found.fit))
+    of_old = replace(found, unscaled=None)  # as in files that do not remember it
+    assert of_old.fitted_on(evaluate(*shuffled, found.fit)) == (classes == 4)
 
 
 def test_samples_of_a_duo_without_errors_or_without_use_are_told_apart() -> None:

@@ -60,13 +60,31 @@ def test_recurrent_layers_are_counted(cell: type[nn.RNNBase], gates: int) -> Non
     assert len(skipped) == 1
 
 
+def _products(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.addmv(weight @ x, weight, x) + x.dot(x)
+
+
 def test_products_with_a_vector_and_lazy_layers_are_counted() -> None:
     weight = torch.zeros(32, 10)
-    times = count_flops(nn.Identity(), torch.zeros(10), lambda _, x: weight @ x + x.dot(x))
-    assert times == 2 * 32 * 10 + 2 * 10
+    times = count_flops(nn.Identity(), torch.zeros(10), lambda _, x: _products(weight, x))
+    assert times == 2 * 2 * 32 * 10 + 2 * 10
     lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2))
     counted = measure_cost(lazy, nn.Linear(16, 2), torch.zeros(1, 16))
     assert counted == (2 * 16 * 8 + 2 * 8 * 2, 2 * 16 * 2, 17 * 8 + 9 * 2, 17 * 2)
+
+
+def test_a_model_that_cannot_be_counted_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.whole = nn.Module()
+    model.whole._parameters["odd"] = 2 * model[0].weight  # no leaf, so it cannot be frozen
+    with torch.inference_mode():
+        model.inside = nn.Linear(2, 2)
+    before = [p.requires_grad for p in model.parameters()]
+    count = count_flops(model, torch.zeros(1, 4), lambda module, x: module[1](module[0](x)))
+    assert count == 2 * 4 * 4 + 2 * 4 * 2
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        count_flops(model[:2], torch.zeros(1, 7))
+    assert [p.requires_grad for p in model.parameters()] == before
 
 
 def test_fused_attention_is_counted() -> None:

@@ -537,6 +537,23 @@ class ForwardGivesFeatures(Classifier):
         return self.logits(batch[0])
 
 
+class NarrowFeatures(Classifier):
+    """Three features, of which the step makes logits, as it says by their name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = small_net(3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def training_step(self, batch: list, batch_idx: int) -> dict:
+        logits = self.head(self(batch[0]))
+        return {"loss": nn.functional.cross_entropy(logits, batch[1]), "logits": logits}
+
+    validation_step = training_step
+
+
 class Averages(Classifier):
     def validation_step(self, batch: list, batch_idx: int) -> dict:
         return {"logits": (self(batch[0]) + 3 * self(batch[0].flip(-1))) / 4}
@@ -548,6 +565,11 @@ class Averages(Classifier):
         (ReturnsFeatures, lambda module, x: module(x), "forward's are taken"),
         (ForwardGivesFeatures, lambda module, x: module.logits(x), "what it returns is taken"),
         (
+            NarrowFeatures,
+            lambda module, x: module.head(module.features(x)),
+            "what it returns is taken",
+        ),
+        (
             Averages,
             lambda module, x: (module(x) + 3 * module(x.flip(-1))) / 4,
             "what it returns is taken",
@@ -558,9 +580,12 @@ def test_a_step_that_returns_other_logits_than_its_forward(
     module: type, logits: Callable, said: str
 ) -> None:
     duo, base = make_duo(), module()
-    with pytest.warns(UserWarning, match=f"gives other logits .* {said}"):
-        fitted(duo, base)
     images, targets = VAL.tensors
+    order = targets.argsort()  # the first batch holds few of the classes
+    ordered = loader(TensorDataset(images[order], targets[order]))
+    with pytest.warns(UserWarning, match=f"gives other logits .* {said}") as warned:
+        make_trainer(duo).fit(base, loader(TRAIN), ordered)
+    assert sum("gives other logits" in str(w.message) for w in warned) == 1
     with torch.no_grad():
         expected = nn.functional.cross_entropy(logits(base.eval(), images), targets)
     assert duo.results["val"]["base"]["nll"] == pytest.approx(expected.item(), rel=1e-5)
@@ -584,6 +609,48 @@ def test_folds_that_reset_the_weights_of_one_module_start_the_sidekick_anew() ->
         module.net[1].weight.normal_()
     with pytest.warns(UserWarning, match="other weights than at the end of the last fit"):
         fitted(duo, module)
+
+
+def test_a_lazy_sidekick_starts_anew_too_and_so_does_one_of_a_fit_that_was_interrupted() -> None:
+    module = Classifier()
+    first = copy.deepcopy(module.state_dict())
+    duo = make_duo(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
+    fitted(duo, module)
+    weights = copy.deepcopy(duo._sidekick._first_weights)
+
+    class Interrupts(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            started.append(digest(duo._sidekick.model.state_dict()))
+            raise RuntimeError("interrupted")
+
+    started: list[str] = []
+    for _ in range(2):
+        module.load_state_dict(first)
+        L.seed_everything(3, verbose=False)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            make_trainer(duo, Interrupts()).fit(module, loader(TRAIN), loader(VAL))
+    assert started[0] == started[1] != digest(weights)
+    assert not torch.equal(duo._sidekick.model[1].weight, weights["1.weight"])
+
+
+def test_a_checkpoint_of_before_the_first_batch_holds_no_pair(tmp_path: Path) -> None:
+    class Saves(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    module, duo = Classifier(), make_duo(num_classes=4)
+    trainer = make_trainer(duo, Saves(), num_sanity_val_steps=0)
+    trainer.fit(module, loader(TRAIN), loader(VAL))
+    trained, temperatures = digest(duo.module.sidekick.state_dict()), duo.fit.temperatures
+    with pytest.raises(MisconfigurationException, match=r"early\.ckpt holds no state"):
+        trainer.test(module, loader(VAL), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert digest(duo._sidekick.model.state_dict()) == trained
+    assert duo.fit.temperatures == temperatures
+    again = make_duo(num_classes=4)
+    L.seed_everything(3, verbose=False)
+    early = tmp_path / "early.ckpt"
+    make_trainer(again).fit(Classifier(), loader(TRAIN), loader(VAL), ckpt_path=early)
+    assert again.fit is not None
 
 
 def test_a_trial_of_learning_rates_leaves_the_sidekick_as_it_was(tmp_path: Path) -> None:
@@ -635,6 +702,13 @@ def test_watchers_of_a_duo_that_diverges_go_on(tmp_path: Path) -> None:
             self.calls += 1
             return self.net(x) * (torch.nan if self.calls > 20 else 1)
 
+    several = make_duo(Diverges(), target_accuracy=0.9)
+    trainer = make_trainer(several, max_epochs=4)
+    with pytest.warns(UserWarning, match="no temperatures can be fitted"):
+        trainer.fit(SecondLoader(), loader(TRAIN), [loader(VAL), loader(VAL)])
+    values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("base/", "duo/"))}
+    assert {"duo/threshold", "duo/val_coverage/dataloader_idx_1"} < set(values)
+    assert all(torch.isnan(value) for value in values.values())
     duo = make_duo(Diverges())
     best = ModelCheckpoint(tmp_path, "{epoch}", monitor="duo/val_aurc")
     stop = EarlyStopping("duo/val_aurc", patience=9, check_finite=False)
