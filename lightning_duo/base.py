@@ -1,7 +1,6 @@
 """The base's logits, from whatever a user's module makes of a batch."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_duo.batch import describe, same_values
+from lightning_duo.batch import describe
+from lightning_duo.quiet import evaluating, unnoticed
 
 LogitsFn = Callable[[nn.Module, Any], Tensor]
 
@@ -272,55 +272,6 @@ def has_forward(module: nn.Module) -> bool:
     """Whether the user's class defines a forward (`LightningModule` only inherits an empty one)."""
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return owner is not nn.Module and not owner.__module__.startswith("lightning.")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Generator[None, None, None]:
-    """Eval mode without gradients; every submodule gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextmanager
-def unnoticed(module: nn.Module) -> Generator[None, None, None]:
-    """Undo what a forward that the user does not know of does: to buffers, such as counters.
-
-    What it logs is dropped.
-    """
-    kept = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    silenced = [
-        (part, name)
-        for part in module.modules()
-        for name in ("log", "log_dict")
-        if callable(getattr(type(part), name, None)) and name not in vars(part)
-    ]
-    for part, name in silenced:
-        vars(part)[name] = _nothing
-    try:
-        yield
-    finally:
-        for part, name in silenced:
-            del vars(part)[name]
-        with torch.no_grad():
-            for part, name, buffer, values in kept:
-                part._buffers[name] = buffer
-                if not same_values(buffer, values):
-                    buffer.copy_(values)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Log nothing."""
 
 
 def call_base(module: nn.Module, inputs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_duo import __version__
-from lightning_duo.base import LogitsFn, evaluating
+from lightning_duo.base import LogitsFn
 from lightning_duo.batch import BatchFn, check_soft_targets, check_targets, read_batch
 from lightning_duo.calibration import Calibration, check_request
 from lightning_duo.checks import check_trainer
@@ -31,6 +31,7 @@ from lightning_duo.evaluator import LOGGED, Evaluator, MetricLog, stage_name
 from lightning_duo.figures import check_matplotlib
 from lightning_duo.module import DuoModule
 from lightning_duo.pair import Pair
+from lightning_duo.quiet import evaluating
 from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import Sidekick, check_model, share_weights, sidekick_logits
 from lightning_duo.state import STATE_VERSION, Record, check_state, fingerprint, load_weights

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_duo.base import evaluating
+from lightning_duo.quiet import evaluating
 
 # In the names of operations that consist of matrix products.
 PRODUCTS_BY_NAME = ("attention", "mm", "conv", "linear", "transformer", "lstm", "gru", "rnn")

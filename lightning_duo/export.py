@@ -15,8 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_duo.base import as_logits, evaluating
+from lightning_duo.base import as_logits
 from lightning_duo.module import DuoModule, DuoOutput
+from lightning_duo.quiet import evaluating
 from lightning_duo.threshold import plain_float
 from lightning_duo_kernels.composite import head
 from lightning_duo_kernels.head import head_operator

@@ -15,15 +15,14 @@ from lightning_duo.base import (
     LogitsFn,
     LogitsOf,
     call_base,
-    evaluating,
     has_forward,
-    unnoticed,
 )
 from lightning_duo.batch import BatchFn, Snapshot, check_read, check_targets, read_batch
 from lightning_duo.calibration import Calibration
 from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.logits import Logits
 from lightning_duo.module import DuoModule
+from lightning_duo.quiet import evaluating, unnoticed
 from lightning_duo.randomness import own_stream
 from lightning_duo.sidekick import Sidekick, sidekick_logits
 from lightning_duo.state import is_sharded

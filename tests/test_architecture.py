@@ -21,6 +21,7 @@ ORDER = [
     "bootstrap",
     "randomness",
     "batch",
+    "quiet",
     "base",
     "module",
     "predict",
