@@ -8,11 +8,13 @@ the test split, every form with its temperatures fitted on the validation split:
 and the two bases with one temperature each (fitted as a duo is, so that only the second member
 differs) and as the plain mean of their probabilities. "flops" are those of a forward over the
 base's; gains are relative to the scaled base. With --quick one run is taken, and its second base
-is trained for one epoch: a check that all works, not a comparison.
+is trained for one epoch: a check that all works, not a comparison. Needs what the demo installs:
+pip install -e '.[dev,demo]'.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,13 +23,15 @@ from typing import Any
 import lightning as L
 import timm
 from harness import Options, Row, parser, run
-from solar_cells import NUM_CLASSES, CellClassifier, SolarCells
 from torch import nn
 from torchvision.transforms import v2
 
 from lightning_duo import DuoModule, fit_temperatures
 from lightning_duo.evaluation import evaluate, measure
 from lightning_duo.logits import collect_logits
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from solar_cells import NUM_CLASSES, CellClassifier, SolarCells
 
 METRICS = ("nll", "aurc", "accuracy")
 SECOND = 1000  # added to the seed of the demo

@@ -171,7 +171,10 @@ class DuoModule(nn.Module):
             memory = own.untyped_storage().data_ptr()
             tensors[_eager_name(name)] = own.clone() if memory in written else own
             written.add(memory)
+        partial.touch()
+        usual = partial.stat().st_mode  # the format's own writer leaves files to their owner alone
         save_file(tensors, partial, metadata={"format": "lightning_duo/1", "mode": self.mode})
+        partial.chmod(usual)
         os.replace(partial, path)
 
     @classmethod

@@ -103,6 +103,32 @@ def threshold_sentence(calibration: Calibration) -> str:
     )
 
 
+def gain_sentence(
+    results: Mapping[str, Mapping[str, float]], fit: TemperatureFit, balance: float | None
+) -> str:
+    """What the sidekick brought, beside the base with its temperature alone.
+
+    Args:
+        results: Model -> metric -> value; "duo" and "base_scaled" are compared.
+        fit: The temperatures.
+        balance: FLOPs balance, or None if it is not known.
+    """
+    if not fit.temperatures.sidekick:
+        return (
+            "The sidekick adds nothing here (its temperature is 0): the duo is the scaled base. "
+            "One without published weights takes longer to train, and no linear probe (probe=0)."
+        )
+    changes = []
+    for metric in ("nll", "aurc"):
+        before, after = results["base_scaled"][metric], results["duo"][metric]
+        if before > 0:
+            changes.append(f"{COLUMNS[metric].heading} {100 * (after / before - 1):+.1f} %")
+    found = ", ".join(changes) or "nothing left to gain"
+    large = balance is not None and balance > 1
+    cost = " The sidekick costs more than the base." if large else ""
+    return f"Duo against scaled base: {found} (less is better).{cost}"
+
+
 def print_summary(
     results: Mapping[str, Mapping[str, float]],
     calibration: Calibration,
@@ -123,6 +149,7 @@ def print_summary(
 
     console = Console()
     console.print(summary_table(results, calibration.fit, data=data, balance=balance))
+    console.print(gain_sentence(results, calibration.fit, balance), highlight=False)
     if sentence := threshold_sentence(calibration):
         console.print(sentence, highlight=False)
     duo = results["duo"]

@@ -68,7 +68,7 @@ def largest_batch(
         module: The largest of the models to run; see `largest_batch_of_pair`.
         sample: An input of batch one, on the module's device.
         most: Where to begin.
-        seconds: Longest forward, predicted from a batch of one; None for any.
+        seconds: Longest forward, predicted from batches of one and four; None for any.
 
     Returns:
         The size, and what limits it.
@@ -98,14 +98,17 @@ def largest_batch(
             run(1)()
             first, third = (peak_memory(run(size)) or 0 for size in (1, 3))
             used, more, free = first, max(sample.nbytes, (third - first) // 2), free_memory()
-        size, limit = most, f"at most {most}"
+        size, limit = most, "the largest that is tried"
         while not fits(size):
-            size, limit = size // 2, "memory"
+            size, limit = size // 2, "a larger one would not fit into memory"
             if not size:
                 raise RuntimeError("not even one sample fits into memory; choose smaller models")
-        one = interleave({"one": run(1)}, repeats=3, device=sample.device).spread("one").median
-        while seconds is not None and size > 1 and size * one > seconds:
-            size, limit = size // 2, f"a forward of {seconds:g} s"
+        if seconds is not None:
+            found = interleave({"1": run(1), "4": run(4)}, repeats=3, device=sample.device)
+            one, four = (found.spread(name).median for name in ("1", "4"))
+            while size > 1 and one + (size - 1) * max(0.0, four - one) / 3 > seconds:
+                size //= 2
+                limit = f"the forward of a larger one would take over {seconds:g} s, as estimated"
     return Batch(size, limit)
 
 

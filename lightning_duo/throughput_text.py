@@ -8,6 +8,8 @@ from lightning_duo.throughput import COMPILED, ENSEMBLE
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDE = 0.25  # a spread of a ratio, relative to it, that tells little
+
 
 def throughput_table(rows: Sequence[Mapping[str, Any]], title: str) -> "Table":
     """What `measure_throughput` found, a line for each method."""
@@ -40,21 +42,30 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
         rows: What `measure_throughput` found.
         counted: What `costs` found.
     """
-    batch = max(row["batch"] for row in rows)
+    batches = sorted({row["batch"] for row in rows})
+    batch = batches[-1]
     measured = {row["method"] for row in rows if "not_measured" not in row}
     text = _counted_text(counted)
     for mode in ("", COMPILED):
         both = f"base{mode} + sidekick{mode}"
-        if {"base" + mode, "sidekick" + mode, "duo" + mode} <= measured:
-            of_base = find(rows, "duo" + mode, "base" + mode, batch=batch)
-            of_both = find(rows, "duo" + mode, both, batch=batch)
+        if not {"base" + mode, "sidekick" + mode, "duo" + mode} <= measured:
+            continue
+        for size in batches:
+            of_base = find(rows, "duo" + mode, "base" + mode, batch=size)
+            of_both = find(rows, "duo" + mode, both, batch=size)
             text.append(
-                f"Measured{mode or ', as it is'}, batch {batch}: duo / base {ratio_text(of_base)}, "
+                f"Measured{mode or ', as it is'}, batch {size}: duo / base {ratio_text(of_base)}, "
                 f"duo / (base + sidekick) {ratio_text(of_both)}."
             )
     if ENSEMBLE in measured:
         ensemble = ratio_text(find(rows, ENSEMBLE, batch=batch))
         text.append(f"An ensemble of two bases takes {ensemble} times as long as one.")
+    spreads = [_spread(row) for row in rows if "ratio" in row]
+    if wide := sum(spread > WIDE for spread in spreads):
+        text.append(
+            f"{wide} of {len(spreads)} ratios have a spread of over {100 * WIDE:.0f} %: something "
+            "else was running; measure again when it is not."
+        )
     failed: dict[str, dict[str, None]] = {}  # what one reason kept from being measured, once each
     for row in rows:
         if "not_measured" in row:
@@ -80,7 +91,8 @@ def _counted_text(counted: Mapping[str, Any]) -> list[str]:
         model = "sidekick" if balance == 0 else "base"
         return [*text, f"The {model} has no operation that is counted, so no balance is known."]
     text.append(
-        f"FLOPs balance {balance:.3g}: the duo should take {1 + balance:.3f} times as long."
+        f"FLOPs balance {balance:.3g}: by FLOPs alone the duo takes {1 + balance:.3f} times as "
+        "long. Many small layers, and depthwise ones, take longer than their FLOPs say."
     )
     others = {
         "fvcore": counted["balance_fvcore"],
@@ -92,6 +104,10 @@ def _counted_text(counted: Mapping[str, Any]) -> list[str]:
             missing = f", without {skipped}" if skipped else ""
             text.append(f"{name} counts a balance of {other:.3g}{missing}; that is not used.")
     return text
+
+
+def _spread(row: Mapping[str, Any]) -> float:
+    return float((row["ratio_80"] - row["ratio_20"]) / row["ratio"])
 
 
 def short_count(number: float) -> str:

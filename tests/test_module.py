@@ -269,6 +269,13 @@ def test_tensors_that_overlap_and_state_that_is_no_tensor(tmp_path: Path) -> Non
     assert not (tmp_path / "extra.safetensors").exists()
 
 
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    DuoModule(nn.Linear(4, 3), nn.Linear(4, 3), (1.0, 0.5)).save(tmp_path / "duo.safetensors")
+    (tmp_path / "plain").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("duo.safetensors", "plain")]
+    assert modes[0] == modes[1]
+
+
 def test_temperatures_that_are_trained_elsewhere_are_copied() -> None:
     trained = nn.Parameter(torch.tensor([1.0, 0.5]))
     duo = DuoModule(nn.Linear(4, 3), nn.Linear(4, 3), 2 * trained)

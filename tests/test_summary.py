@@ -2,12 +2,20 @@
 
 import math
 
+import torch
 from helpers import make_logits
 from rich.console import Console
 
 from lightning_duo.calibration import calibrate
 from lightning_duo.evaluation import evaluate, measure
-from lightning_duo.summary import COLUMNS, SUMMARY, best_of, summary_table, threshold_sentence
+from lightning_duo.summary import (
+    COLUMNS,
+    SUMMARY,
+    best_of,
+    gain_sentence,
+    summary_table,
+    threshold_sentence,
+)
 from lightning_duo.threshold import as_text
 
 LOGITS = make_logits(200, 5, seed=0)
@@ -28,6 +36,21 @@ def test_the_table_fits_80_columns_and_marks_the_best() -> None:
     without = Console(width=80, record=True)
     without.print(summary_table(results, found.fit, data="some data", balance=None))
     assert "FLOPs" not in without.export_text()
+
+
+def test_the_sentence_on_the_gain() -> None:
+    found = calibrate(*LOGITS)
+    results = {form: measure(p) for form, p in evaluate(*LOGITS, found.fit).items()}
+    change = 100 * (results["duo"]["nll"] / results["base_scaled"]["nll"] - 1)
+    assert change < -1
+    sentence = gain_sentence(results, found.fit, 0.1)
+    assert sentence.startswith(f"Duo against scaled base: NLL {change:+.1f} %, AURC ")
+    assert "costs more" not in sentence
+    assert gain_sentence(results, found.fit, 1.1).endswith("The sidekick costs more than the base.")
+    useless = calibrate(LOGITS[0], torch.zeros_like(LOGITS[1]), LOGITS[2])
+    assert "The sidekick adds nothing here" in gain_sentence(results, useless.fit, None)
+    perfect = {form: {"nll": 0.0, "aurc": 0.0} for form in ("duo", "base_scaled")}
+    assert "nothing left to gain" in gain_sentence(perfect, found.fit, None)
 
 
 def test_undefined_metrics_are_not_best() -> None:

@@ -130,11 +130,12 @@ def test_what_cannot_be_exported_or_compiled_is_reported(monkeypatch: pytest.Mon
 
 def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
-    assert largest_batch(base, sample) == (128, "at most 128")
+    assert largest_batch(base, sample) == (128, "the largest that is tried")
     peaks = iter([100_000, 120_000] * 2)  # of batches of one and three: 90 + 10 kB a sample
     monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
     monkeypatch.setattr(throughput, "free_memory", lambda: 820_000)  # of which half may be used
-    assert largest_batch(base, sample) == (32, "memory")  # 90 + 320 = 410 kB; 64 would take 730
+    memory = "a larger one would not fit into memory"
+    assert largest_batch(base, sample) == (32, memory)  # 90 + 320 = 410 kB; 64 would take 730
     monkeypatch.setattr(throughput, "free_memory", lambda: 100_000)
     with pytest.raises(RuntimeError, match="not even one sample fits"):
         largest_batch(base, sample)
@@ -142,10 +143,12 @@ def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPat
 
 def test_the_batch_is_halved_until_a_forward_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
-    readings = Timing({"one": [0.3]})
+    readings = Timing({"1": [0.3], "4": [0.9]})  # 0.1 s and 0.2 s a sample
     monkeypatch.setattr(throughput, "interleave", lambda *_, **__: readings)
-    assert largest_batch(base, sample, seconds=1.3) == (4, "a forward of 1.3 s")
-    assert largest_batch(base, sample, seconds=0.01) == (1, "a forward of 0.01 s")
+    said = "the forward of a larger one would take over 1.75 s, as estimated"
+    assert largest_batch(base, sample, seconds=1.75) == (8, said)
+    assert largest_batch(base, sample, seconds=0.01).size == 1
+    assert largest_batch(base, sample, seconds=99).size == 128
 
 
 def test_counters_agree_but_for_what_fused_attention_hides() -> None:
