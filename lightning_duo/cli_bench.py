@@ -50,7 +50,7 @@ def bench(
         input_size: Size of one sample, such as 3x224x224; by default the one the base states.
         classes: Number of classes of models given by name.
         batch: Samples in a batch for the throughput; by default 128, halved until a forward fits
-            into memory and, on a CPU, the duo's takes a second, as estimated from one sample.
+            into memory and, on a CPU, the duo's takes a second, as estimated from small batches.
             Latency is that of one sample.
         dtype: Precision of weights and inputs.
         device: Where to measure; auto is CUDA if there is a GPU.

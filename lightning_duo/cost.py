@@ -237,10 +237,13 @@ def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> di
             cost.parameters_sidekick,
         )
     except Exception as error:  # of the counter, as for flex attention; a speed needs no count
-        parameters = count_parameters(base), count_parameters(sidekick)
-        names = ("balance", "balance_fused", "balance_fvcore", "skipped_fvcore")
-        unknown = {**Cost(None, None, *parameters)._asdict(), **dict.fromkeys(names)}  # type: ignore[arg-type]
-        return {**unknown, "not_counted": f"{type(error).__name__}: {error}"}
+        others = ("balance", "balance_fused", "balance_fvcore", "skipped_fvcore")
+        return {
+            **dict.fromkeys((*Cost._fields, *others)),
+            "parameters_base": count_parameters(base),
+            "parameters_sidekick": count_parameters(sidekick),
+            "not_counted": f"{type(error).__name__}: {error}",
+        }
     found = {**cost._asdict(), "balance": cost.balance, "balance_fused": fused.balance}
     found["not_counted"] = None
     try:

@@ -40,7 +40,7 @@ def overhead_text(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any])
 
     Args:
         rows: What `measure_throughput` found.
-        counted: What `costs` found.
+        counted: What `compare_counters` found.
     """
     batches = sorted({row["batch"] for row in rows})
     batch = batches[-1]
