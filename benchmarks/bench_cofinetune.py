@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback
-from lightning_duo.timing import Spread, Timing, environment, peak_memory
+from lightning_duo.cost import Spread, Timing, environment, peak_memory
 
 CLASSES = 20
 WIDTH, HEIGHT = 500, 375  # of a file, as usual in ImageNet

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_duo import fit_temperatures
-from lightning_duo.inputs import check_samples
-from lightning_duo.timing import environment, interleave, peak_memory
+from lightning_duo.cost import environment, interleave, peak_memory
+from lightning_duo.temperature.samples import check_samples
 from lightning_duo_kernels.nll import Point, nll_sums
 
 Data: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -19,7 +19,7 @@ from harness import Growth, Options, Row, parser, run
 from published import published_head
 from torch import Tensor
 
-from lightning_duo.timing import interleave, peak_memory
+from lightning_duo.cost import interleave, peak_memory
 from lightning_duo_kernels import duo_head
 
 SIZES = (

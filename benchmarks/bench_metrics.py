@@ -16,8 +16,8 @@ from harness import Growth, Options, Row, parser, run
 from torch import Tensor
 
 from lightning_duo import metrics, selective
-from lightning_duo.threshold import select_thresholds
-from lightning_duo.timing import interleave, peak_memory
+from lightning_duo.cost import interleave, peak_memory
+from lightning_duo.selective import select_thresholds
 
 QUICK = (10**4, 10**5, 3 * 10**5)
 SIZES = (10**4, 10**5, 10**6, 10**7)

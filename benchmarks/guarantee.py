@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo import TemperatureFit, fit_temperatures
-from lightning_duo.threshold import select_thresholds
+from lightning_duo.selective import select_thresholds
 
 CLASSES, MARGIN, NEW = 4, 1.5, 200_000
 

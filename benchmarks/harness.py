@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lightning_duo.timing import environment, installed_version
+from lightning_duo.cost import environment, installed_version
 
 Row: TypeAlias = dict[str, Any]
 TIMES = ("ms", "ms_20", "ms_80", "reference", "ratio", "ratio_20", "ratio_80", "readings")

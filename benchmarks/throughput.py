@@ -26,9 +26,14 @@ from harness import Growth, Options, Row, described, parser, run
 from torch import nn
 
 from lightning_duo import DuoModule
-from lightning_duo.cost import compare_counters, count_flops
-from lightning_duo.throughput import largest_batch_of_pair, measure_throughput
-from lightning_duo.timing import interleave, peak_memory
+from lightning_duo.cost import (
+    compare_counters,
+    count_flops,
+    interleave,
+    largest_batch_of_pair,
+    measure_throughput,
+    peak_memory,
+)
 from lightning_duo.zoo import build_sidekick
 
 PIXELS = 224

@@ -16,8 +16,7 @@ from solar_cells import CellClassifier, SolarCells, pretrained_state
 from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback
-from lightning_duo.figures import risk_coverage_figure
-from lightning_duo.summary import print_summary
+from lightning_duo.report import print_summary, risk_coverage_figure
 
 SIDEKICK = "tf_efficientnet_lite0"
 

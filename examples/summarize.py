@@ -8,8 +8,8 @@ import json
 import statistics
 from pathlib import Path
 
-from lightning_duo.figures import NAMES
-from lightning_duo.summary import COLUMNS, SUMMARY, heading
+from lightning_duo.report.figures import NAMES
+from lightning_duo.report.terminal import COLUMNS, SUMMARY, heading
 
 
 def main() -> None:

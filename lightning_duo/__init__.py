@@ -7,19 +7,22 @@ Lightning.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_duo._version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from lightning_duo.base import LogitsOf
     from lightning_duo.callback import DuoCallback
     from lightning_duo.module import DuoModule, DuoOutput
     from lightning_duo.predict import DuoPredictor, PredictionWriter
+    from lightning_duo.selective import Threshold, select_threshold
     from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
-    from lightning_duo.threshold import Threshold, select_threshold
 
-__version__ = "0.1.0"
 __all__ = [
     "DuoCallback",
     "DuoModule",
     "DuoOutput",
     "DuoPredictor",
+    "LogitsOf",
     "PredictionWriter",
     "TemperatureFit",
     "Temperatures",
@@ -33,12 +36,13 @@ _HOME = {
     "DuoModule": "module",
     "DuoOutput": "module",
     "DuoPredictor": "predict",
+    "LogitsOf": "base",
     "PredictionWriter": "predict",
     "TemperatureFit": "temperature",
     "Temperatures": "temperature",
-    "Threshold": "threshold",
+    "Threshold": "selective",
     "fit_temperatures": "temperature",
-    "select_threshold": "threshold",
+    "select_threshold": "selective",
 }
 
 

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_duo.batch import describe
-from lightning_duo.quiet import evaluating, unnoticed
+from lightning_duo.isolation import evaluating, unnoticed
 
 LogitsFn = Callable[[nn.Module, Any], Tensor]
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_duo import ranking
 from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
-from lightning_duo.selective import calibration_bins
+from lightning_duo.selective import ranking
+from lightning_duo.selective.functions import calibration_bins
 
 CHUNK_WEIGHTS = 1 << 22  # multiplicities held at a time
 BINS = 15

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_duo._version import __version__
 from lightning_duo.evaluation import Predictions, evaluate
+from lightning_duo.files import plain_float, whole
 from lightning_duo.logits import Logits, check_logits
 from lightning_duo.module import DuoModule
+from lightning_duo.selective import Threshold, select_threshold
+from lightning_duo.selective.threshold import check_target
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
-from lightning_duo.threshold import Threshold, check_target, plain_float, select_threshold
 
 FORMAT = "lightning_duo/calibration/1"
 FEW = 100  # samples, below which temperatures and metrics are rough
@@ -98,17 +100,14 @@ class Calibration:
         Raises:
             ValueError: If the path is not named ``*.json``.
         """
-        from lightning_duo import __version__
-
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"a temperatures file is named *.json, got {path}")
         head = {"format": FORMAT, "temperatures": self.temperatures._asdict()}
         state = {**head, **self.state_dict(), "version": __version__}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps(state, indent=2, allow_nan=False)
+        with whole(path) as file:
+            file.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod

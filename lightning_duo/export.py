@@ -1,12 +1,9 @@
 """A duo as one file that runs where this library is not installed."""
 
 import json
-import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -15,10 +12,11 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
+from lightning_duo._version import __version__
 from lightning_duo.base import as_logits
+from lightning_duo.files import plain_float, whole
+from lightning_duo.isolation import evaluating, frozen
 from lightning_duo.module import DuoModule, DuoOutput
-from lightning_duo.quiet import evaluating
-from lightning_duo.threshold import plain_float
 from lightning_duo_kernels.composite import head
 from lightning_duo_kernels.head import head_operator
 
@@ -84,27 +82,12 @@ def export_duo(
     _check(module, path, format)
     example = _batch_of_two_or_more(module, example_input)
     precision = torch.autocast(module.temperatures.device.type, enabled=False)  # the weights' own
-    with evaluating(module), _frozen(module), precision:
+    with evaluating(module), frozen(module), precision:
         description = _description(module, example)
         program = _traced(module, example)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            _WRITERS[format](module, program, Path(folder) / path.name, example, description)
-            for file in Path(folder).iterdir():
-                os.replace(file, path.parent / file.name)
+        with whole(path) as file:
+            _WRITERS[format](module, program, file, example, description)
     return path
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Generator[None, None, None]:
-    """So that what the file computes wants no gradient; every parameter gets its own flag back."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    try:
-        module.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class _Deployed(nn.Module):
@@ -284,8 +267,6 @@ def _batch_of_two_or_more(module: DuoModule, example: Any) -> Any:
 
 
 def _description(module: DuoModule, example: Any) -> str:
-    from lightning_duo import __version__
-
     inputs = [
         {"shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
         for x in tree_leaves(example)

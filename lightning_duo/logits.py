@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_duo.arrays import read_array
-from lightning_duo.batch import BatchFn, check_targets, read_batch
+from lightning_duo.batch import BatchFn, read_batch
+from lightning_duo.isolation import evaluating
 from lightning_duo.module import DuoModule
-from lightning_duo.quiet import evaluating
+from lightning_duo.tasks import check_targets
 
 SURE = 5.0  # standard deviations above chance from which a model knows the targets
 CHANCE = 3.0  # ... and up to which it may as well not

@@ -11,7 +11,7 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE, plot_curve
 from typing_extensions import override
 
 from lightning_duo import selective
-from lightning_duo.ranking import check_samples, fraction
+from lightning_duo.selective.ranking import check_samples, fraction
 
 
 class _SelectiveMetric(Metric):

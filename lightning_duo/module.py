@@ -1,7 +1,6 @@
 """The deployable pair: both models, two temperatures, one head."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import Self, override
 
 from lightning_duo.base import as_logits
+from lightning_duo.files import whole
 from lightning_duo.temperature import UNWEIGHTED
 from lightning_duo_kernels import duo_head, weighted_sum
 
@@ -153,9 +153,6 @@ class DuoModule(nn.Module):
         Raises:
             ValueError: If a module keeps state that is no tensor.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         tensors: dict[str, Tensor] = {}
         written: set[int] = set()
         for name, value in self.state_dict().items():
@@ -171,11 +168,11 @@ class DuoModule(nn.Module):
             memory = own.untyped_storage().data_ptr()
             tensors[_eager_name(name)] = own.clone() if memory in written else own
             written.add(memory)
-        partial.touch()
-        usual = partial.stat().st_mode  # the format's own writer leaves files to their owner alone
-        save_file(tensors, partial, metadata={"format": "lightning_duo/1", "mode": self.mode})
-        partial.chmod(usual)
-        os.replace(partial, path)
+        with whole(path) as file:
+            file.touch()
+            usual = file.stat().st_mode  # the format's own writer leaves files to their owner alone
+            save_file(tensors, file, metadata={"format": "lightning_duo/1", "mode": self.mode})
+            file.chmod(usual)
 
     @classmethod
     def load(cls, path: str | Path, base: nn.Module, sidekick: nn.Module) -> Self:

@@ -1,7 +1,6 @@
 """Predictions of a duo by `Trainer.predict`, with any of Lightning's devices and strategies."""
 
 import csv
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_duo.batch import read_inputs
+from lightning_duo.files import whole
 from lightning_duo.module import DuoModule, DuoOutput
 
 Columns = dict[str, Any]  # name -> array (N,) or (N, K)
@@ -165,9 +165,8 @@ class PredictionWriter(BasePredictionWriter):
             )
         if loaders == 1:
             del columns["loader"]
-        partial = self.path.with_name(f"{self.path.name}.partial{self.path.suffix}")
-        (_write_csv if self.path.suffix == ".csv" else _write_npz)(partial, columns)
-        os.replace(partial, self.path)
+        with whole(self.path) as file:
+            (_write_csv if self.path.suffix == ".csv" else _write_npz)(file, columns)
         for part in parts:
             part.unlink()
 

@@ -1,6 +1,7 @@
 """Imports run one way, cost little, and the user's example knows nothing of this library."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,48 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A file may import those before it.
-ORDER = [
-    "inputs",
-    "newton",
-    "temperature",
-    "ranking",
-    "selective",
-    "threshold",
-    "metrics",
-    "evaluation",
-    "bootstrap",
-    "randomness",
-    "batch",
-    "quiet",
-    "base",
-    "module",
-    "predict",
-    "export",
-    "arrays",
-    "logits",
-    "calibration",
-    "zoo",
-    "sidekick",
-    "cofinetune",
-    "cost",
-    "timing",
-    "throughput",
-    "throughput_text",
-    "state",
-    "pair",
-    "checks",
-    "figures",
-    "samples",
-    "evaluator",
-    "summary",
-    "report_figures",
-    "report",
-    "callback",
-    "options",
-    "cli_bench",
-    "cli",
-]
+PACKAGE = ROOT / "lightning_duo"
+DRAWN = re.search(r"```text\n(9  .*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+FLOORS = {
+    room: int(line.split()[0]) for line in DRAWN.group(1).splitlines() for room in line.split()[1:]
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -62,19 +26,55 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_file_has_its_place() -> None:
-    files = {p.stem for p in (ROOT / "lightning_duo").glob("*.py")} - {"__init__"}
-    assert files == set(ORDER)
+def files() -> dict[str, Path]:
+    """Dotted name, without the package -> file."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+        found[".".join(name)] = path
+    return found
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_run_one_way(name: str) -> None:
-    used = {
-        found.split(".")[1]
-        for found in imports(ROOT / "lightning_duo" / f"{name}.py")
-        if found.startswith("lightning_duo.") and found != "lightning_duo.__version__"
-    }
-    assert used <= set(ORDER[: ORDER.index(name)]), f"{name} imports {sorted(used)}"
+FILES = files()
+
+
+def used(name: str) -> set[str]:
+    """The files of the package that a file imports, lazily or not."""
+    names = {found.removeprefix("lightning_duo.") for found in imports(FILES[name])}
+    return names & set(FILES) - {name}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {name.split(".")[0] for name in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_down(name: str) -> None:
+    room = name.split(".")[0]
+    others = {other.split(".")[0] for other in used(name)} - {room}
+    up = {other for other in others if FLOORS[other] >= FLOORS[room]}
+    assert not up, f"{name} is on floor {FLOORS[room]} and imports {sorted(up)}"
+
+
+@pytest.mark.parametrize("room", [room for room in FLOORS if (PACKAGE / room).is_dir()])
+def test_no_circle_inside_a_room(room: str) -> None:
+    inside = [name for name in FILES if name.split(".")[0] == room]
+    left = {name: used(name) & set(inside) for name in inside}
+    while ready := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in ready:
+            del left[name]
+    assert not left, f"these import each other: {sorted(left)}"
+
+
+def test_each_face_only_imports() -> None:
+    for path in PACKAGE.glob("*/__init__.py"):
+        if path.parent.name == "cli":  # `main`, which imports no torch
+            continue
+        lines = path.read_text().splitlines()
+        assert len(lines) < 60, path
+        kinds = {type(node) for node in ast.parse(path.read_text()).body[1:]}
+        assert kinds <= {ast.ImportFrom, ast.Assign}, path
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
@@ -117,7 +117,7 @@ def test_deployment_needs_no_lightning() -> None:
 def test_public_names_are_few_and_exist() -> None:
     import lightning_duo
 
-    assert len(lightning_duo.__all__) <= 10
+    assert len(lightning_duo.__all__) <= 11
     assert all(getattr(lightning_duo, name) is not None for name in lightning_duo.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Trio'"):
         _ = lightning_duo.Trio

@@ -7,7 +7,7 @@ import torch
 from helpers import Classifier
 from torch import Tensor, nn
 
-from lightning_duo import base, batch
+from lightning_duo import base, batch, tasks
 
 X, Y = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
 
@@ -59,7 +59,7 @@ def test_unreadable_batches_say_what_was_seen(given: object, message: str) -> No
 )
 def test_targets_that_are_no_class_indices(targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batch.check_targets(targets, 4)
+        tasks.check_targets(targets, 4)
 
 
 def test_logits_are_found_in_mappings_and_objects() -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lightning_duo.timing import Timing
+from lightning_duo.cost import Timing
 
 ASKED = Options(quick=True, device="cpu", repeats=3, threads=1)
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_duo import DuoCallback, DuoModule, fit_temperatures
-from lightning_duo.state import fingerprint
+from lightning_duo.callback.run import fingerprint
 
 TRAIN, VAL = small_images(96, 1), small_images(80, 2)
 INFO = "lightning.pytorch.utilities.rank_zero"

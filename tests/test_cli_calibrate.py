@@ -16,7 +16,7 @@ from lightning_duo import fit_temperatures, select_threshold
 from lightning_duo.calibration import Calibration
 from lightning_duo.cli import main
 from lightning_duo.evaluation import evaluate, measure
-from lightning_duo.summary import COLUMNS
+from lightning_duo.report.terminal import COLUMNS
 
 VAL, TEST = make_logits(500, 7, seed=3, margin=3.0), make_logits(400, 7, seed=4, margin=3.0)
 VAL_FILES = ("--base", "base.npy", "--sidekick", "val.npz:s", "--targets", "targets.csv")

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from lightning_duo import DuoCallback
-from lightning_duo.cofinetune import Recipe, SidekickTrainer
+from lightning_duo.callback.training import Recipe, SidekickTrainer
 
 TRAIN, VAL = small_images(96, seed=1), small_images(64, seed=2)
 

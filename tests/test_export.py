@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from lightning_duo import DuoCallback, DuoModule, DuoOutput
 from lightning_duo.export import SUFFIX, Format, export_duo
-from lightning_duo.quiet import evaluating
+from lightning_duo.isolation import evaluating
 
 FORMATS = ("program", "aoti", "onnx")
 MODES = ("weighted", "uq_only")

@@ -7,8 +7,9 @@ from helpers import make_logits
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 
-from lightning_duo import figures, fit_temperatures, selective
+from lightning_duo import fit_temperatures, selective
 from lightning_duo.evaluation import Predictions, evaluate
+from lightning_duo.report import figures
 
 
 def predictions(count: int = 400, margin: float = 2.0) -> dict[str, Predictions]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_duo.newton import Chord, Models, Optimum, Quadratic, search
+from lightning_duo.temperature.newton import Chord, Models, Optimum, Quadratic, search
 from lightning_duo_kernels.nll import NllSums, Point, nll_sums
 
 Numbers = st.floats(-2, 2)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 from lightning_duo import DuoCallback, DuoModule
 from lightning_duo.base import LogitsOf
-from lightning_duo.samples import own_samples
+from lightning_duo.callback.samples import own_samples
 
 TRAIN = small_images(96, 1)
 

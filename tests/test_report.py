@@ -18,8 +18,8 @@ from lightning_duo.calibration import calibrate
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import evaluate, measure
 from lightning_duo.report import write_report
-from lightning_duo.summary import COLUMNS
-from lightning_duo.threshold import as_text
+from lightning_duo.report.terminal import COLUMNS
+from lightning_duo.selective.threshold import as_text
 
 LOGITS = make_logits(2000, 5, seed=1, margin=3.0)
 CALIBRATION = calibrate(*LOGITS, target_accuracy=0.95, delta=0.1)

@@ -9,8 +9,9 @@ from helpers import Classifier, small_net
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_duo import DuoCallback, sidekick
-from lightning_duo.sidekick import Sidekick
+from lightning_duo import DuoCallback
+from lightning_duo.callback import sidekick
+from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.zoo import build_sidekick, head_parameters
 
 X = torch.randn(2, 3, 64, 64)

@@ -8,15 +8,15 @@ from rich.console import Console
 
 from lightning_duo.calibration import calibrate
 from lightning_duo.evaluation import evaluate, measure
-from lightning_duo.summary import (
+from lightning_duo.report import summary_table
+from lightning_duo.report.terminal import (
     COLUMNS,
     SUMMARY,
     best_of,
     gain_sentence,
-    summary_table,
     threshold_sentence,
 )
-from lightning_duo.threshold import as_text
+from lightning_duo.selective.threshold import as_text
 
 LOGITS = make_logits(200, 5, seed=0)
 

@@ -14,7 +14,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from lightning_duo import Temperatures, fit_temperatures, newton, temperature
+from lightning_duo import Temperatures, fit_temperatures
+from lightning_duo.temperature import fit as temperature
+from lightning_duo.temperature import newton
 from lightning_duo_kernels import nll
 
 Case = tuple[Tensor, Tensor, Tensor]

@@ -16,7 +16,8 @@ from scipy.stats import binom
 from torch import Tensor
 
 from lightning_duo import Threshold, fit_temperatures, select_threshold
-from lightning_duo.threshold import binomial_tail, fewest_samples, select_thresholds
+from lightning_duo.selective import select_thresholds
+from lightning_duo.selective.threshold import binomial_tail, fewest_samples
 
 Pairs = list[tuple[float, bool]]
 NOTHING = pytest.mark.filterwarnings("ignore:no threshold reaches")

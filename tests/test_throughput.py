@@ -12,11 +12,19 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_duo import cost, throughput
-from lightning_duo.cost import compare_counters
-from lightning_duo.throughput import Ensemble, largest_batch, measure_throughput
-from lightning_duo.throughput_text import find, overhead_text, ratio_text, throughput_table
-from lightning_duo.timing import Timing
+from lightning_duo import cost
+from lightning_duo.cost import (
+    Ensemble,
+    Timing,
+    compare_counters,
+    find,
+    largest_batch,
+    measure_throughput,
+    memory,
+    overhead_text,
+    ratio_text,
+    throughput_table,
+)
 from lightning_duo.zoo import input_size
 
 
@@ -132,11 +140,11 @@ def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPat
     base, _, sample = pair()
     assert largest_batch(base, sample) == (128, "the largest that is tried")
     peaks = iter([100_000, 120_000] * 2)  # of batches of one and three: 90 + 10 kB a sample
-    monkeypatch.setattr(throughput, "peak_memory", lambda *_: next(peaks))
-    monkeypatch.setattr(throughput, "free_memory", lambda: 820_000)  # of which half may be used
-    memory = "a larger one would not fit into memory"
-    assert largest_batch(base, sample) == (32, memory)  # 90 + 320 = 410 kB; 64 would take 730
-    monkeypatch.setattr(throughput, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(memory, "peak_memory", lambda *_: next(peaks))
+    monkeypatch.setattr(memory, "free_memory", lambda: 820_000)  # of which half may be used
+    said = "a larger one would not fit into memory"
+    assert largest_batch(base, sample) == (32, said)  # 90 + 320 = 410 kB; 64 would take 730
+    monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
     with pytest.raises(RuntimeError, match="not even one sample fits"):
         largest_batch(base, sample)
 
@@ -144,7 +152,7 @@ def test_the_batch_is_halved_until_its_memory_fits(monkeypatch: pytest.MonkeyPat
 def test_the_batch_is_halved_until_a_forward_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _, sample = pair()
     readings = Timing({"1": [0.3], "4": [0.9]})  # 0.1 s and 0.2 s a sample
-    monkeypatch.setattr(throughput, "interleave", lambda *_, **__: readings)
+    monkeypatch.setattr(memory, "interleave", lambda *_, **__: readings)
     said = "the forward of a larger one would take over 1.75 s, as estimated"
     assert largest_batch(base, sample, seconds=1.75) == (8, said)
     assert largest_batch(base, sample, seconds=0.01).size == 1

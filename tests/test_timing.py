@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_duo import timing
-from lightning_duo.timing import Spread, Timing, environment, interleave, peak_memory
+from lightning_duo.cost import Spread, Timing, environment, interleave, peak_memory, timing
 
 
 class Clock:

@@ -1,0 +1,5 @@
+"""`DuoCallback`: a sidekick for any LightningModule that classifies."""
+
+from lightning_duo.callback.duo import DuoCallback
+
+__all__ = ["DuoCallback"]

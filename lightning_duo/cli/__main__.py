@@ -1,0 +1,5 @@
+"""`python -m lightning_duo.cli`."""
+
+from lightning_duo.cli import main
+
+main()

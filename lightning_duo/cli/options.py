@@ -1,0 +1,129 @@
+"""What options of the command line name: models, sizes, and files to write."""
+
+import math
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Torch is imported where it is used: --help should not wait for it.
+
+MOST_NUMBERS = 10**9  # of one sample
+
+
+def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
+    """Refuse files that could not be written, before anything is read and computed.
+
+    Args:
+        outputs: For each option the path, if one is given, and the suffix that it must have.
+
+    Raises:
+        ValueError: If a path has another suffix, or cannot be written.
+    """
+    for option, (path, suffix) in outputs.items():
+        if path is None:
+            continue
+        if Path(path).suffix != suffix:
+            raise ValueError(f"{option} is named *{suffix}, got {path}")
+        if suffix == ".html":
+            from lightning_duo.report import check_matplotlib
+
+            check_matplotlib()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{option} {path} cannot be written: {error}") from error
+        existing = Path(path) if Path(path).exists() else Path(path).parent
+        if Path(path).is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"{option} {path} cannot be written: it is a folder, or protected")
+
+
+def check_numbers(numbers: dict[str, tuple[int | None, int]]) -> None:
+    """Refuse numbers below the least that they may be; given are both, for each option."""
+    for option, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ValueError(f"{option} is a number of at least {least}, got {value}")
+
+
+def parse_size(text: str) -> list[int]:
+    """The size of one sample, written as 3x224x224."""
+    sizes = text.split("x")
+    numbers = all(size.isdecimal() and int(size) for size in sizes)
+    if not numbers or math.prod(map(int, sizes)) > MOST_NUMBERS:
+        raise ValueError(f"--input_size is the size of one sample, such as 3x224x224; got {text}")
+    return [int(size) for size in sizes]
+
+
+def is_function(spec: str) -> bool:
+    """Whether a model is named as MODULE:FUNCTION; timm knows names such as hf-hub:user/model."""
+    from lightning_duo.zoo import REMOTE
+
+    return ":" in spec and not spec.startswith(REMOTE)
+
+
+def build_model(option: str, spec: str, classes: int) -> "nn.Module":
+    """The model that ``spec`` names, with random weights.
+
+    Args:
+        option: Name of the option, for messages.
+        spec: A timm name, torchvision/NAME, or MODULE:FUNCTION.
+        classes: Number of classes of a model given by name.
+
+    Raises:
+        ValueError: If there is no such model, or the user's code fails.
+    """
+    if is_function(spec):
+        return _call(option, spec)
+    from lightning_duo.zoo import build_sidekick
+
+    return build_sidekick(spec, classes, pretrained=False)
+
+
+def build_part(part: str, spec: str, duo: str) -> "nn.Module":
+    """The base or sidekick of a saved duo, with as many classes as the file has."""
+    if is_function(spec):
+        return _call(part, spec)
+    from lightning_duo.module import read_header
+    from lightning_duo.zoo import build_sidekick, head_parameters
+
+    _, shapes = read_header(duo)
+    # The head's last parameter, its bias if it has one, begins with the classes.
+    name, _ = head_parameters(build_sidekick(spec, 2, pretrained=False), 2)[-1]
+    if f"{part}.{name}" not in shapes:
+        raise ValueError(
+            f"the {part} in {duo} is not a {spec} alone ({part}.{name} is missing); pass --{part} "
+            "MODULE:FUNCTION, a function that builds it as it was, such as "
+            "nn.Sequential(transform, model)"
+        )
+    return build_model(part, spec, shapes[f"{part}.{name}"][0])
+
+
+def _call(option: str, spec: str) -> "nn.Module":
+    """The model that MODULE:FUNCTION gives; whatever goes wrong in the user's code is named."""
+    from torch import nn
+
+    module, function = spec.split(":", 1)
+    if not all(name.isidentifier() for name in (*module.split("."), function)):
+        raise ValueError(
+            f"--{option} {spec}: MODULE:FUNCTION is written as in Python, such as "
+            "my_models:Classifier for class Classifier of my_models.py"
+        )
+    try:
+        build = getattr(import_module(module), function)
+    except Exception as error:
+        raise ValueError(
+            f"--{option} {spec} cannot be imported: {type(error).__name__}: {error}; name a class "
+            "or function of a Python file here or of an installed package"
+        ) from error
+    try:
+        model = build()
+    except Exception as error:
+        raise ValueError(
+            f"--{option} {spec}, called without arguments, fails: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--{option} {spec} must give an nn.Module, got {type(model).__name__}")
+    return model

@@ -1,0 +1,152 @@
+"""How much memory a call takes, and the largest batch that fits."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_duo.cost.timing import interleave
+
+MOST_IMAGES = 128  # in a batch, as in the paper (App. A.2)
+SHARE_OF_MEMORY = 0.5  # of what the system has free, that one forward may take
+
+
+class Batch(NamedTuple):
+    """The batch that a throughput is measured with."""
+
+    size: int
+    limit: str
+    """What keeps it from being larger, in words."""
+
+
+def largest_batch(
+    module: nn.Module,
+    sample: Tensor,
+    *,
+    most: int = MOST_IMAGES,
+    seconds: float | None = None,
+) -> Batch:
+    """Halve the batch until one forward fits.
+
+    On CUDA a batch is tried until one does not run out of memory. On the CPU, where a process that
+    takes too much is killed, its memory is predicted from batches of one and three, and may be half
+    of what is free.
+
+    Args:
+        module: The largest of the models to run; see `largest_batch_of_pair`.
+        sample: An input of batch one, on the module's device.
+        most: Where to begin.
+        seconds: Longest forward, predicted from batches of one and four; None for any.
+
+    Returns:
+        The size, and what limits it.
+
+    Raises:
+        RuntimeError: If not even one sample fits.
+
+    Source: Asymmetric Duos, App. A.2 (the largest batch that fits, at most 128).
+    """
+
+    def run(size: int) -> Callable[[], Any]:
+        inputs = sample.expand(size, *sample.shape[1:]).contiguous()
+        return lambda: module(inputs)
+
+    def fits(size: int) -> bool:
+        if not sample.is_cuda:
+            return free is None or used + (size - 1) * more <= SHARE_OF_MEMORY * free
+        try:
+            run(size)()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        return True
+
+    with torch.inference_mode():
+        if not sample.is_cuda:
+            run(1)()
+            first, third = (peak_memory(run(size)) or 0 for size in (1, 3))
+            used, more, free = first, max(sample.nbytes, (third - first) // 2), free_memory()
+        size, limit = most, "the largest that is tried"
+        while not fits(size):
+            size, limit = size // 2, "a larger one would not fit into memory"
+            if not size:
+                raise RuntimeError("not even one sample fits into memory; choose smaller models")
+        if seconds is not None:
+            found = interleave({"1": run(1), "4": run(4)}, repeats=3, device=sample.device)
+            one, four = (found.spread(name).median for name in ("1", "4"))
+            while size > 1 and one + (size - 1) * max(0.0, four - one) / 3 > seconds:
+                size //= 2
+                limit = f"the forward of a larger one would take over {seconds:g} s, as estimated"
+    return Batch(size, limit)
+
+
+def peak_memory(method: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
+    """Bytes a call needs at its peak beyond what was in use before.
+
+    On CUDA as PyTorch's allocator counts them; on the CPU as Linux counts the memory of this
+    process, in steps of a page, where memory that was freed before and kept for reuse may hide
+    some of it.
+
+    Args:
+        method: Called once; call it once before, so that nothing of its set-up counts.
+        device: Where it runs.
+
+    Returns:
+        The bytes, or None on the CPU of another system.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    try:
+        _trim()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+        before = _status("VmRSS")
+        method()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux states for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine could still give, where Linux says it; the container's, if less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except OSError:
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            stated = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - used + int(stated.get("inactive_file", 0)))
+    except OSError:
+        pass
+    return free

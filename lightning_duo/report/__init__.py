@@ -1,0 +1,22 @@
+"""What was measured, to look at: page, figures, terminal."""
+
+from lightning_duo.report.figures import (
+    check_matplotlib,
+    confidence_figure,
+    log_figures,
+    reliability_figure,
+    risk_coverage_figure,
+)
+from lightning_duo.report.page import write_report
+from lightning_duo.report.terminal import print_summary, summary_table
+
+__all__ = [
+    "check_matplotlib",
+    "confidence_figure",
+    "log_figures",
+    "print_summary",
+    "reliability_figure",
+    "risk_coverage_figure",
+    "summary_table",
+    "write_report",
+]

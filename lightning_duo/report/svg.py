@@ -1,0 +1,150 @@
+"""The figures of the report: each as SVG, in words and in numbers."""
+
+import io
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_duo.evaluation import Predictions
+from lightning_duo.report.figures import CHOSEN, COLORS, FIGURES, NAMES, SHOWN, reliability
+from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def illustrate(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:
+    """Each figure with its name, title, caption, alternative text and table.
+
+    Args:
+        predictions: Form -> predictions, with base, sidekick and duo.
+
+    Returns:
+        A mapping for each figure: name, svg, title, caption, alt, headings, table.
+    """
+    tables = {
+        "risk_coverage": _risk_table(predictions),
+        "reliability": _reliability_table(predictions),
+        "confidence": _confidence_table(predictions),
+    }
+    return [
+        {"name": name, "svg": _svg(FIGURES[name](predictions), name), **tables[name]}
+        for name in FIGURES
+    ]
+
+
+def _risk_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows, generalized = [], {}
+    for name in SHOWN:
+        curve = generalized_risk_coverage_curve(predictions[name].score, predictions[name].correct)
+        generalized[name] = curve.risk
+    total = len(predictions["duo"].targets)
+    for tenth in range(1, 11):
+        row = [f"{10 * tenth} %"]
+        for name in SHOWN:
+            score, correct = predictions[name].score, predictions[name].correct
+            risk = 1 - float(accuracy_at_coverage(score.double(), correct, tenth / 10))
+            row.append(f"{100 * risk:.2f} %")
+        last = -(-tenth * total // 10) - 1
+        row.append(f"{100 * float(generalized['duo'][last]):.2f} %")
+        rows.append(row)
+    middle = ", ".join(f"{NAMES[name]} {rows[4][i + 1]}" for i, name in enumerate(SHOWN))
+    return {
+        "title": "Risk and coverage",
+        "caption": (
+            "Error rate among the answers that are kept when the least sure are deferred. Lower is "
+            "better; at the right end everything is answered. The dashed vertical line is at the "
+            "coverage chosen above."
+        ),
+        "alt": f"Curves of risk against coverage. When half is answered: {middle} wrong.",
+        "headings": ["coverage", *(NAMES[name] for name in SHOWN), "duo, of all samples"],
+        "table": rows,
+    }
+
+
+def _reliability_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows = []
+    columns = {name: predictions[name] for name in ("base", "duo")}
+    found = {n: reliability(p.confidence, p.correct) for n, p in columns.items()}
+    for index in range(len(found["duo"][0])):
+        row = [f"{100 * index / 15:.0f} to {100 * (index + 1) / 15:.0f} %"]
+        if not any(count[index] > 0 for count, _, _ in found.values()):
+            continue
+        for count, mean, accuracy in found.values():
+            filled = count[index] > 0
+            row.append(f"{int(count[index])}")
+            row.append(f"{100 * float(mean[index]):.1f} %" if filled else "n/a")
+            row.append(f"{100 * float(accuracy[index]):.1f} %" if filled else "n/a")
+        rows.append(row)
+    return {
+        "title": "Reliability",
+        "caption": (
+            "Accuracy of the predictions at each confidence. On the diagonal a confidence of 80 % "
+            "is right in 80 % of the cases; below it a model is too sure. Larger points stand for "
+            "more samples."
+        ),
+        "alt": "Accuracy against confidence of base, sidekick and duo beside the diagonal.",
+        "headings": [
+            "confidence",
+            *(f"{n}: {c}" for n in columns for c in ("samples", "confidence", "accuracy")),
+        ],
+        "table": rows,
+    }
+
+
+def _confidence_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    rows = []
+    for tenth in range(10):
+        row = [f"{10 * tenth} to {10 * tenth + 10} %"]
+        for name in ("base", "duo"):
+            confidence, correct = predictions[name].confidence, predictions[name].correct
+            inside = (10 * confidence.double()).ceil().clamp(1, 10) == tenth + 1
+            row += [str(int((inside & correct).sum())), str(int((inside & ~correct).sum()))]
+        rows.append(row)
+    median = {
+        kind: 100 * float(predictions["duo"].confidence[which].median()) if which.any() else 0
+        for kind, which in (
+            ("right", predictions["duo"].correct),
+            ("wrong", ~predictions["duo"].correct),
+        )
+    }
+    return {
+        "title": "Confidence of right and wrong predictions",
+        "caption": (
+            "Each histogram is in percent of its own predictions, on a logarithmic scale. The "
+            "further the wrong ones lie to the left of the right ones, the better a threshold "
+            "tells them apart."
+        ),
+        "alt": (
+            "Histograms of confidence. Median of the duo's right predictions: "
+            f"{median['right']:.0f} %, of its wrong ones: {median['wrong']:.0f} %."
+        ),
+        "headings": ["confidence", "base: right", "base: wrong", "duo: right", "duo: wrong"],
+        "table": rows,
+    }
+
+
+def _svg(figure: "Figure", name: str) -> str:
+    """The figure as SVG that takes its width from the page and its colours from the page's CSS."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    span = figure.axes[0].get_position().width * figure.bbox_inches.width * 72
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(
+        r'^.*?<svg[^>]* (viewBox="[^"]*")[^>]*>',
+        rf'<svg xmlns="http://www.w3.org/2000/svg" \1 data-span="{span:.2f}" aria-hidden="true">',
+        svg,
+        count=1,
+        flags=re.DOTALL,
+    )
+    # One page holds several figures, whose parts matplotlib gives the same names.
+    svg = re.sub(rf'\bid="(?!{CHOSEN})', f'id="{name}-', svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    for role, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{role})")
+    return svg
