@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import Self, override
 
-from lightning_duo.base import as_logits
+from lightning_duo.base import LogitsOf, as_logits
 from lightning_duo.files import whole
 from lightning_duo.temperature import UNWEIGHTED
 from lightning_duo_kernels import duo_head, weighted_sum
@@ -135,6 +135,14 @@ class DuoModule(nn.Module):
         return base, sidekick
 
     @override
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{weight:.4g}" for weight in self.temperatures.tolist())
+        return (
+            f"DuoModule(base={_described(self.base)}, sidekick={_described(self.sidekick)}, "
+            f"mode={self.mode!r}, temperatures=({weights}), threshold={self.threshold.item():.4g})"
+        )
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.half()` and friends must not round two numbers that scale every logit.
         exact = {name: self._buffers[name] for name in ("temperatures", "threshold")}
@@ -202,6 +210,14 @@ class DuoModule(nn.Module):
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         duo.temperatures, duo.threshold = duo.temperatures.to(device), duo.threshold.to(device)
         return duo.eval()
+
+
+def _described(model: nn.Module) -> str:
+    """A model in a few words."""
+    parts = list(model) if isinstance(model, nn.Sequential) and len(model) <= 3 else [model]
+    names = [type(part.module if isinstance(part, LogitsOf) else part).__name__ for part in parts]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{' -> '.join(names)} ({count:,} parameters)"
 
 
 def _eager_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run must be like for a duo, found out at set-up."""
+"""What a run must be like for a duo: what is refused, and what is warned of, before it starts."""
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -13,21 +13,28 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.options import FORMS, Options
+from lightning_duo.callback.sidekick import check_model
+from lightning_duo.evaluation import HIGHER_IS_BETTER
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
-def check_trainer(trainer: Trainer, stage: str) -> None:
+def check_trainer(trainer: Trainer, stage: str, options: Options, messages: Messages) -> None:
     """Refuse what a duo cannot run with, and warn of what will be missing.
 
     Args:
         trainer: The user's Trainer, about to start.
         stage: "fit", "validate" or "test".
+        options: The user's.
+        messages: Where to warn.
 
     Raises:
         MisconfigurationException: If the strategy is not supported, the precision replaces layers,
-            or there is nothing to fit the temperatures on.
+            the sidekick cannot be trained, or there is nothing to fit the temperatures on.
     """
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
@@ -56,20 +63,67 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             f"DuoCallback does not run with {type(trainer.precision_plugin).__name__}, which would "
             "replace the sidekick's layers too; use precision 32, 64, 16 or bf16, mixed or true"
         )
+    if isinstance(options.sidekick, nn.Module):
+        check_model(options.sidekick, trained=stage == "fit")
     if stage == "fit":
-        _check_fit(trainer)
+        if trainer.precision == "16-true" and options.optimizer is None:
+            raise MisconfigurationException(
+                "AdamW, the sidekick's default, cannot train weights in float16; pass "
+                "DuoCallback(..., optimizer=functools.partial(torch.optim.SGD, lr=0.01)), or use "
+                'precision "16-mixed" or "bf16-true"'
+            )
+        _check_fit(trainer, messages)
 
 
-def _check_fit(trainer: Trainer) -> None:
+def check_names(callback: Callback, trainer: Trainer) -> None:
+    """Refuse two callbacks of one kind that checkpoints could not tell apart."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        same = type(other) is type(callback) and other.state_key == callback.state_key
+        if same and other is not callback:
+            raise MisconfigurationException(
+                "two DuoCallbacks of a Trainer need different names; pass "
+                'DuoCallback(..., name="small") to one of them'
+            )
+
+
+def check_loaders(trainer: Trainer, options: Options) -> None:
+    """Refuse a ``calibration_loader`` that is not there."""
+    loaders = len(trainer.num_val_batches)  # 0 as long as they are not set up
+    if loaders and options.calibration_loader >= loaders:
+        raise MisconfigurationException(
+            f"calibration_loader is {options.calibration_loader}, but the number of validation "
+            f"dataloaders is {loaders}, and the first of them is 0"
+        )
+
+
+def check_monitors(trainer: Trainer, options: Options) -> None:
+    """Refuse to let a callback or scheduler wait for a metric that is measured but not logged."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    watched = {getattr(c, "monitor", None): type(c).__name__ for c in callbacks}
+    watched |= {config.monitor: "a scheduler" for config in trainer.lr_scheduler_configs}
+    logged = set(options.measured_names())
+    for name, who in watched.items():
+        own = name if isinstance(name, str) and name.startswith(options.prefix) else ""
+        bare = own.removeprefix(options.prefix).partition("/dataloader_idx_")[0]
+        form, _, metric = bare.partition("/val_")
+        if bare in logged or metric not in HIGHER_IS_BETTER or form not in FORMS:
+            continue
+        raise MisconfigurationException(
+            f"{who} monitors {name!r}, which is not logged; pass DuoCallback(..., "
+            f'metrics=({", ".join(map(repr, (*options.metrics, metric)))})) or metrics="all"'
+        )
+
+
+def _check_fit(trainer: Trainer, messages: Messages) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in callbacks):
-        rank_zero_warn(
-            "DuoCallback: ModelCheckpoint(save_weights_only=True) leaves the sidekick and the "
+        messages.warn(
+            "ModelCheckpoint(save_weights_only=True) leaves the sidekick and the "
             "temperatures out of the checkpoint; save them with callback.module.save(path)"
         )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        rank_zero_warn(
-            "DuoCallback: this strategy trains in processes that it starts, and the sidekick ends "
+        messages.warn(
+            "this strategy trains in processes that it starts, and the sidekick ends "
             "with them; keep it in checkpoints (ModelCheckpoint) and go on with "
             "trainer.validate(model, ckpt_path=...) or trainer.test(model, ckpt_path=...), or use "
             'strategy="ddp" in a script'
@@ -77,8 +131,8 @@ def _check_fit(trainer: Trainer) -> None:
     if trainer.enable_validation:
         return
     if trainer.limit_val_batches == 0:
-        rank_zero_warn(
-            "DuoCallback: limit_val_batches=0, so no temperatures will be fitted; run "
+        messages.warn(
+            "limit_val_batches=0, so no temperatures will be fitted; run "
             "trainer.validate afterwards"
         )
         return

@@ -32,25 +32,18 @@ def own_samples(loader: Any) -> int | None:
 
 
 class Collected:
-    """Logits and targets of each dataloader of a stage, in this process, on the CPU."""
+    """Logits and targets of each dataloader of a stage, in this process, on the CPU.
 
-    def __init__(self) -> None:
+    Args:
+        loaders: A dataloader, or a collection of them, as the Trainer has them.
+    """
+
+    def __init__(self, loaders: Any) -> None:
         self._batches: dict[int, list[Logits]] = {}
         self._counts: dict[int, int] = {}
-        self._limits: list[int | None] = []
+        self._limits = [own_samples(loader) for loader in tree_leaves(loaders)]
         self.unusable: dict[int, str] = {}
         """Loaders that cannot be measured, and why."""
-
-    def begin(self, loaders: Any) -> None:
-        """Forget all, and learn of each of the stage's loaders how many samples are not repeated.
-
-        Args:
-            loaders: A dataloader, or a collection of them, as the Trainer has them.
-        """
-        self._batches.clear()
-        self._counts.clear()
-        self.unusable.clear()
-        self._limits = [own_samples(loader) for loader in tree_leaves(loaders)]
 
     def add(self, logits: Logits, loader: int) -> None:
         """Take a batch of a loader."""
@@ -68,10 +61,6 @@ class Collected:
     def count(self, loader: int) -> int:
         """How many samples of a loader this process has seen."""
         return self._counts.get(loader, 0)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self.begin([])
 
     def of_loaders(self, count: int, num_classes: int) -> list[Logits]:
         """All samples of each loader, of which this process may have got none."""

@@ -1,22 +1,22 @@
-"""The sidekick of a run: when it is built, what it sees, and what keeps a model from being one."""
+"""The sidekick of a run: its model, what it sees, and what keeps a model from being one."""
 
+import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_duo.base import as_logits
 from lightning_duo.batch import describe
-from lightning_duo.isolation import own_stream
-from lightning_duo.zoo import SidekickSource, build_sidekick, check_source, data_config
+from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.options import Options
+from lightning_duo.isolation import evaluating, own_stream
+from lightning_duo.zoo import build_sidekick, data_config
 
 
 def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Module | None:
@@ -54,9 +54,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
             )
     if not steps:
         return None
-    transform = nn.Sequential(*steps)
-    rank_zero_info(f"DuoCallback: the sidekick sees the base's inputs through {transform}")
-    return transform
+    return nn.Sequential(*steps)
 
 
 def only_size(sidekick: nn.Module) -> list[int] | None:
@@ -68,29 +66,38 @@ def only_size(sidekick: nn.Module) -> list[int] | None:
     return None if size is None else [size, size] if isinstance(size, int) else list(size)
 
 
-def share_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether the models have memory of parameters or buffers in common."""
-
-    def places(module: nn.Module) -> set[int]:
-        tensors = [*module.parameters(), *module.buffers()]
-        whole = (t for t in tensors if not isinstance(t, DTensor) and not is_lazy(t))
-        return {t.untyped_storage().data_ptr() for t in whole} - {0}
-
-    return bool(places(one) & places(other))
-
-
-def check_model(model: nn.Module, base: nn.Module) -> None:
-    """Find what keeps a model from being the sidekick of this base.
+def copies(*models: nn.Module) -> tuple[nn.Module, ...]:
+    """Deep copies made in one go, so that none refers to an original.
 
     Raises:
-        MisconfigurationException: If they share parameters, or the model's parameters have no
-            values or are on several devices.
+        MisconfigurationException: If a model cannot be copied.
     """
-    if share_weights(model, base):
+    # Losses and outputs that the user's steps have kept on the module are no leaves of autograd,
+    # which refuse to be copied.
+    parts = [part for model in models for part in model.modules()]
+    kept = [leaf for part in parts for leaf in tree_leaves(list(vars(part).values()))]
+    memo = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    try:
+        return copy.deepcopy(models, memo)
+    except Exception as error:
+        names = " or ".join(type(model).__name__ for model in models)
         raise MisconfigurationException(
-            "base and sidekick share parameters; the sidekick must be a model of its own "
-            "(copy.deepcopy it)"
-        )
+            f"{names} cannot be copied ({type(error).__name__}: {error}); give it a __deepcopy__ "
+            "or take away the attribute that cannot be copied"
+        ) from error
+
+
+def check_model(model: nn.Module, *, trained: bool) -> None:
+    """Find what keeps a model from being a sidekick.
+
+    Args:
+        model: The model, before or after it was built.
+        trained: Whether it is about to be trained.
+
+    Raises:
+        MisconfigurationException: If its parameters have no values, are on several devices, or
+            none of them can be trained though they should be.
+    """
     devices = sorted({str(p.device) for p in model.parameters()})
     if devices == ["meta"]:
         raise MisconfigurationException(
@@ -102,144 +109,104 @@ def check_model(model: nn.Module, base: nn.Module) -> None:
             f"the sidekick is spread over several devices, {' and '.join(devices)}; put it on one "
             "(sidekick.cpu()), the callback moves it to the base's device"
         )
+    if trained and not any(p.requires_grad for p in model.parameters()):
+        raise MisconfigurationException(
+            "the sidekick has no trainable parameters; call requires_grad_(True) on it, or fit "
+            "only the temperatures with trainer.validate"
+        )
 
 
 class Sidekick:
-    """The sidekick of a run: built when the number of classes is known, with what it sees.
+    """The sidekick of a run: a model for K classes, and what it sees of the base's inputs.
 
     Args:
-        source: As `build_sidekick` takes it.
-        num_classes: K, or None to take it from the base's first logits.
-        pretrained: Whether a named model starts from published weights.
-        weights: Local weights of a named model, or None.
-        transform: From the base's inputs to the sidekick's; None to decide by `input_transform`.
+        model: The model, this run's alone.
+        num_classes: K.
+        options: The user's.
+        messages: Where to say what its inputs go through.
     """
 
     def __init__(
-        self,
-        source: SidekickSource,
-        *,
-        num_classes: int | None,
-        pretrained: bool,
-        weights: str | Path | None,
-        transform: Callable[[Any], Any] | None,
+        self, model: nn.Module, num_classes: int, options: Options, messages: Messages
     ) -> None:
-        check_source(source, weights)
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if transform is not None and not callable(transform):
-            raise TypeError("sidekick_transform must be callable: inputs -> the sidekick's inputs")
-        self.source, self.num_classes, self._given_classes = source, num_classes, num_classes
-        self.pretrained, self.weights = pretrained, weights
-        self.model: nn.Module | None = None
-        self._transform = self._transform_given = transform
-        self._first_weights: dict[str, Tensor] | None = None  # of a module that was given
-        self._transform_known = transform is not None
+        self.model, self.num_classes, self.messages = model, num_classes, messages
+        given = options.sidekick_transform
+        # Whether images are resized first -> what the inputs go through; known when first needed.
+        self._transforms: dict[bool, Callable[[Any], Any] | None]
+        self._transforms = {} if given is None else {False: given, True: given}
 
-    @property
-    def name(self) -> str:
-        """What a checkpoint remembers of the architecture."""
-        if isinstance(self.source, str):
-            return self.source
-        if isinstance(self.source, nn.Module):
-            return type(self.source).__name__
-        return str(getattr(self.source, "__name__", "callable"))
+    @classmethod
+    def build(
+        cls,
+        options: Options,
+        num_classes: int,
+        base: nn.Module,
+        messages: Messages,
+        *,
+        restored: bool = False,
+    ) -> "Sidekick":
+        """Make the model; the global random streams do not notice.
 
-    @property
-    def pretrained_only(self) -> bool:
-        """Whether a model just built has a head that knows nothing of the task."""
-        return not isinstance(self.source, nn.Module) and self.weights is None
+        A model that was given, or that a function returns, is copied: it may belong to others.
 
-    def build(self, num_classes: int, base: nn.Module, *, pretrained: bool) -> nn.Module:
-        """Build the model unless it exists; the global random streams do not notice.
+        Args:
+            options: The user's.
+            num_classes: K.
+            base: The base, whose device it goes to.
+            messages: Where to say what was built.
+            restored: Whether weights of a checkpoint follow, so that none are fetched.
 
         Raises:
-            MisconfigurationException: If it cannot be a sidekick of this base; see `check_model`.
+            MisconfigurationException: If it cannot be a sidekick, or be copied.
         """
-        if self.model is not None:
-            return self.model
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         with own_stream(device), torch.inference_mode(False), torch.enable_grad():
             model = build_sidekick(
-                self.source,
+                options.sidekick,
                 num_classes,
-                pretrained=pretrained and self.pretrained,
-                weights=self.weights if pretrained else None,
+                pretrained=options.pretrained and not restored,
+                weights=None if restored else options.weights,
             )
-        check_model(model, base)
-        if self.num_classes is None and not isinstance(self.source, nn.Module):
-            rank_zero_info(
-                f"DuoCallback: sidekick {self.name!r} has {num_classes} classes, as the base's "
+            if not isinstance(options.sidekick, str):
+                (model,) = copies(model)
+        check_model(model, trained=False)
+        if options.num_classes is None and not isinstance(options.sidekick, nn.Module):
+            messages.info(
+                f"sidekick {options.sidekick_name!r} has {num_classes} classes, as the base's "
                 "logits do"
             )
-        self.model, self.num_classes = model, num_classes
-        self.remember()
-        return model
-
-    def remember(self) -> None:
-        """Keep the first weights of a model that was given, for `forget`; lazy ones have none."""
-        model = self.model
-        if model is None or self._first_weights is not None or model is not self.source:
-            return
-        if not any(map(is_lazy, model.parameters())):
-            weights = model.state_dict()
-            self._first_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The model, built or given; None as long as it is only a name or a callable."""
-        given = self.source if isinstance(self.source, nn.Module) else None
-        return given if self.model is None else self.model
-
-    @property
-    def transform_name(self) -> str | None:
-        """What a checkpoint remembers of the transform that was given."""
-        given = self._transform_given
-        if given is None or isinstance(given, nn.Module):
-            return None if given is None else repr(given)
-        return str(getattr(given, "__qualname__", type(given)))
-
-    def forget(self) -> None:
-        """Drop a model that was trained beside another base, or give it its first weights again."""
-        if self._first_weights is not None and self.model is not None:
-            self.model.load_state_dict(self._first_weights)
-            rank_zero_info(
-                f"DuoCallback: in another run the sidekick {self.name!r} starts again from the "
-                "weights that it had at first"
-            )
-        self.model, self.num_classes = None, self._given_classes
-        self._transform = self._transform_given
-        self._transform_known = self._transform is not None
+        return cls(model, num_classes, options, messages)
 
     def inputs(self, base: nn.Module, inputs: Any) -> Any:
         """What the sidekick sees of the base's inputs; no gradient flows back into them."""
         inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
-        if self.model is not None and not (self._transform_known and self._fits(inputs)):
-            self._transform = input_transform(self.model, base, inputs)
-            self._transform_known = True
-        return inputs if self._transform is None else self._transform(inputs)
+        resized = self._must_resize(inputs)
+        if resized not in self._transforms:
+            found = self._transforms[resized] = input_transform(self.model, base, inputs)
+            if found is not None:
+                self.messages.info(f"the sidekick sees the base's inputs through {found}")
+        transform = self._transforms[resized]
+        return inputs if transform is None else transform(inputs)
 
-    def _fits(self, inputs: Any) -> bool:
-        """Whether the transform is also one for images of this size, which may differ by loader."""
-        resizes = self._transform_given is not None or self._resizes
-        size = None if resizes or self.model is None else only_size(self.model)
+    def _must_resize(self, inputs: Any) -> bool:
+        """Whether these are images of another size than the only one that the model takes."""
         images = isinstance(inputs, Tensor) and inputs.ndim == 4
-        return size is None or not images or list(inputs.shape[-2:]) == size
+        size = only_size(self.model) if images else None
+        return size is not None and list(inputs.shape[-2:]) != size
 
-    @property
-    def _resizes(self) -> bool:
-        from torchvision.transforms import v2
-
-        steps = self._transform if isinstance(self._transform, nn.Sequential) else ()
-        return any(isinstance(step, v2.Resize) for step in steps)
+    def initialize(self, base: nn.Module, inputs: Any) -> None:
+        """Let layers that take their shapes from the first batch have them."""
+        if any(is_lazy(parameter) for parameter in self.model.parameters()):
+            device = next((p.device for p in base.parameters()), torch.device("cpu"))
+            with own_stream(device), evaluating(self.model):
+                sidekick_logits(self.model, self.inputs(base, inputs))
 
     def deployable(self) -> nn.Module:
         """The model, behind its transform if it has one."""
-        if self.model is None:
-            raise RuntimeError("the sidekick has not been built yet")
-        if self._transform is None:
+        # One that resizes does for images of both kinds.
+        transform = self._transforms.get(True, self._transforms.get(False))
+        if transform is None:
             return self.model
-        transform = self._transform
         first = transform if isinstance(transform, nn.Module) else _Callable(transform)
         return nn.Sequential(first, self.model)
 

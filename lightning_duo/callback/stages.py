@@ -1,21 +1,26 @@
-"""Validation and test: from batches to temperatures, metrics and what is logged."""
+"""Validation and test, from start to end: what is collected, fitted, measured and logged."""
 
 import math
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from lightning_duo.calibration import choose_threshold
-from lightning_duo.callback.run import Record, fingerprints
+from lightning_duo.callback.fingerprint import fingerprint
+from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.options import FORMS
+from lightning_duo.callback.run import Run
 from lightning_duo.callback.samples import Collected, Processes
-from lightning_duo.callback.step import Pair
+from lightning_duo.callback.sidekick import sidekick_logits
+from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import (
     HIGHER_IS_BETTER,
     DuoMetrics,
@@ -23,13 +28,15 @@ from lightning_duo.evaluation import (
     measure,
     measure_accepted,
 )
+from lightning_duo.isolation import evaluating, own_stream
 from lightning_duo.logits import Logits
 from lightning_duo.report import log_figures
 from lightning_duo.selective import Threshold
+from lightning_duo.tasks import check_targets
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 from lightning_duo.temperature.samples import check_samples
 
-LOGGED = ("base", "base_scaled", "sidekick", "duo")
+_T = TypeVar("_T")
 
 
 def stage_name(stage: str, loader: int) -> str:
@@ -37,277 +44,299 @@ def stage_name(stage: str, loader: int) -> str:
     return f"{stage}/dataloader_idx_{loader}" if loader else stage
 
 
-@dataclass(frozen=True)
-class MetricLog:
-    """Measures predictions and sends the values, and figures if wanted, to the user's loggers."""
-
-    prefix: str
-    """Of every name."""
-    figures: bool
-
-    def value(self, processes: Processes, name: str, value: float) -> None:
-        """Log a value that all processes have found, as Lightning wants to be told."""
-        # Lightning asks for it in any process group, even of one.
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        processes.module.log(self.prefix + name, value, sync_dist=several, add_dataloader_idx=False)
-
-    def write(
-        self,
-        processes: Processes,
-        stage: tuple[str, str],
-        predictions: dict[str, Predictions],
-        threshold: Threshold | None,
-    ) -> dict[str, dict[str, float]]:
-        """Measure and log the predictions of a loader.
-
-        Args:
-            processes: The run.
-            stage: What stands before and behind a metric's name: ("val", "/dataloader_idx_1").
-            predictions: Form -> predictions; see `evaluate`.
-            threshold: From which to accept, if one was chosen.
-
-        Returns:
-            Form -> metric -> value.
-        """
-        trainer, (name, suffix) = processes.trainer, stage
-        results = {form: measure(found) for form, found in predictions.items()}
-        if threshold is not None:
-            results["duo"] |= measure_accepted(predictions["duo"], threshold)
-        for model in LOGGED:
-            for metric, value in results[model].items():
-                self.value(processes, f"{model}/{name}_{metric}{suffix}", value)
-        if self.figures and trainer.is_global_zero:
-            pattern = f"{self.prefix}duo/{name}_{{figure}}{suffix}"
-            if not log_figures(trainer.loggers, predictions, pattern, step=trainer.global_step):
-                rank_zero_warn(
-                    "DuoCallback: figures=True, but no logger of the Trainer takes figures "
-                    "(TensorBoardLogger does, and any with log_image)"
-                )
-        return results
+def without(kept: dict[str, _T], stage: str) -> dict[str, _T]:
+    """What is kept of all stages but this one and its further dataloaders."""
+    return {name: found for name, found in kept.items() if name.partition("/")[0] != stage}
 
 
-class Evaluator:
-    """Fits the temperatures at the end of a validation, and measures validation and test.
+class Stage(ABC):
+    """A validation or a test while it runs: the batches that are seen, and their logits.
 
     Args:
-        pair: Both models.
-        record: What is known of the run; it is brought up to date here.
-        log: Where values go.
-        calibration_loader: Index of the validation dataloader that fits.
-        request: Target accuracy and delta of the threshold, each None if there is none.
-        me: What to call the callback in messages.
+        run: The run.
+        trainer: The user's Trainer.
+        module: The base.
     """
 
+    name: str
+    """What stands before the names of metrics."""
+
     def __init__(
-        self,
-        pair: Pair,
-        record: Record,
-        log: MetricLog,
-        *,
-        calibration_loader: int,
-        request: tuple[float | None, float | None],
-        me: str,
+        self, run: Run, trainer: Trainer, module: LightningModule, loaders: Any, needed: int
     ) -> None:
-        self.pair, self.record, self.log = pair, record, log
-        self.calibration_loader, self.request, self.me = calibration_loader, request, me
-        self._collected = Collected()
-        self._metrics: dict[int, DuoMetrics] = {}
-        self._weights: list[int | None] = []
-        self._said: list[str] = []
+        self.run, self.trainer, self.module, self.needed = run, trainer, module, needed
+        self.processes = Processes(trainer, module)
+        self.collected = Collected(loaders)
+        self.step: Step | None = None
 
-    def clear(self) -> None:
-        """Forget the samples."""
-        self._collected.clear()
-        self._metrics.clear()
-
-    def begin_validation(self, trainer: Trainer) -> None:
-        """Expect the samples of the Trainer's validation loaders."""
-        self._collected.begin(trainer.val_dataloaders)
-        self._weights = []
-
-    def before_step(
-        self, trainer: Trainer, module: LightningModule, batch: Any, place: tuple[int, int]
-    ) -> None:
-        """Read a batch that a validation or test step is about to get.
+    def start(self, batch: Any, number: int, loader: int) -> None:
+        """Look at a batch that a step is about to get.
 
         Args:
-            trainer: The Trainer.
-            module: The base.
             batch: The batch.
-            place: Its number, and that of its dataloader.
+            number: Its number.
+            loader: That of its dataloader.
         """
-        number, loader = place
-        if loader in self._collected.unusable:
+        self.finish()
+        if loader in self.collected.unusable:
             return
-        with self._leaving_out(trainer, loader):
-            self.pair.before_step(module, batch, watch=True, first=number == 0)
+        options, messages = self.run.options, self.run.messages
+        with self._leaving_out(loader):
+            self.step = Step(self.module, batch, options, messages, watch=True, first=number == 0)
+
+    def end(self, outputs: Any, loader: int) -> None:
+        """Take the batch whose step just returned ``outputs``."""
+        step = self.step
+        self.finish()
+        if step is not None:
+            with self._leaving_out(loader):
+                self.take(self._logits(step, outputs), loader)
+
+    @abstractmethod
+    def take(self, logits: Logits, loader: int) -> None:
+        """Do with the logits of a batch what this stage does."""
+
+    def finish(self) -> None:
+        """Let go of a step, whether it ended or not."""
+        if self.step is not None:
+            self.step.finish()
+        self.step = None
 
     @contextmanager
-    def _leaving_out(self, trainer: Trainer, loader: int) -> Iterator[None]:
+    def _leaving_out(self, loader: int) -> Iterator[None]:
         """Note what is wrong with the batches of a loader that is not needed, and go on."""
         try:
             yield
         except ValueError as error:
-            if loader == (0 if trainer.testing else self.calibration_loader):
+            if loader == self.needed:
                 raise
-            self.pair.reset()
-            self._collected.unusable.setdefault(loader, str(error))
+            self.finish()
+            self.collected.unusable.setdefault(loader, str(error))
 
-    def add_validation(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
+    def _logits(self, step: Step, outputs: Any) -> Logits:
+        """Logits of both models (N, K) and targets (N,) of a batch, on the CPU."""
+        run, context = self.run, self.trainer.precision_plugin.val_step_context
+        step.check_unchanged()
+        with own_stream(self.module.device):
+            with context():
+                base = step.logits(outputs, classes=run.num_classes or 0)
+            classes = base.shape[1]
+            sidekick = run.ready_sidekick(self.trainer, classes)
+            targets = check_targets(step.targets, classes)
+            # A transform may have modes too.
+            with evaluating(sidekick.deployable()), context():
+                other = sidekick_logits(sidekick.model, sidekick.inputs(self.module, step.inputs))
+        if other.shape != base.shape:
+            raise ValueError(
+                f"the sidekick {run.options.sidekick_name!r} gives logits {tuple(other.shape)} but "
+                f"the base {tuple(base.shape)}: give it a head with {classes} outputs, or pass a "
+                "name or a callable num_classes -> nn.Module"
+            )
+        if isinstance(step.inputs, torch.Tensor) and len(step.inputs):
+            run.example = step.inputs[:1].detach()
+        return Logits(base.float().cpu(), other.float().cpu(), targets.cpu())
+
+    def measurable(self, loaders: int) -> list[int]:
+        """Loaders with samples, all of which are usable; others than the needed one may lack."""
+        found = []
+        stage = {"val": "validation"}.get(self.name, self.name)
+        for index in range(loaders):
+            why = self.collected.unusable.get(index)
+            if self.processes.total(int(why is not None)):
+                self.run.messages.warn(
+                    f"{stage} dataloader {index} is not measured: "
+                    f"{why or 'another process cannot use its batches'}"
+                )
+            elif index == self.needed or self.processes.total(self.collected.count(index)):
+                found.append(index)
+        return found
+
+    def log(self, name: str, value: float) -> None:
+        """Log a value that all processes have found, as Lightning wants to be told."""
+        # Lightning asks for it in any process group, even of one.
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        name = self.run.options.prefix + name
+        self.module.log(name, value, sync_dist=several, add_dataloader_idx=False)
+
+    def measure(
+        self, predictions: Mapping[int, dict[str, Predictions]], threshold: Threshold | None
     ) -> None:
-        """Take the batch whose validation step just returned ``outputs``."""
-        if loader in self._collected.unusable:
+        """Measure and log what all forms say of each loader, and keep it in the run."""
+        run = self.run
+        hidden = set(HIGHER_IS_BETTER) - set(run.options.metrics)
+        for loader, found in predictions.items():
+            results = {form: measure(predicted) for form, predicted in found.items()}
+            if threshold is not None:
+                results["duo"] |= measure_accepted(found["duo"], threshold)
+            stage = stage_name(self.name, loader)
+            suffix = stage.removeprefix(self.name)
+            for form in FORMS:
+                for metric in [metric for metric in results[form] if metric not in hidden]:
+                    self.log(f"{form}/{self.name}_{metric}{suffix}", results[form][metric])
+            if run.options.figures and self.trainer.is_global_zero:
+                self._draw(found, suffix)
+            run.results = {**run.results, stage: results}
+            run.predictions = {**run.predictions, stage: found}
+
+    def _draw(self, predictions: dict[str, Predictions], suffix: str) -> None:
+        pattern = f"{self.run.options.prefix}duo/{self.name}_{{figure}}{suffix}"
+        trainer = self.trainer
+        if not log_figures(trainer.loggers, predictions, pattern, step=trainer.global_step):
+            self.run.messages.warn(
+                "figures=True, but no logger of the Trainer takes figures (TensorBoardLogger "
+                "does, and any with log_image)",
+                once="no logger for figures",
+            )
+
+
+class Validation(Stage):
+    """Collects the samples of a validation, and fits the temperatures at its end."""
+
+    name = "val"
+
+    def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
+        needed = run.options.calibration_loader
+        super().__init__(run, trainer, module, trainer.val_dataloaders, needed)
+        self._weights: tuple[int | None, ...] = ()
+        if run.training is not None:
+            run.training.sync_buffers()
+
+    def take_best(self) -> None:
+        """Pair the base of a checkpoint with the best sidekick of the run."""
+        run, best, step = self.run, self.run.best, self.run.global_step
+        if best is None or run.sidekick is None:
             return
-        with self._leaving_out(trainer, loader):
-            logits = self.pair.logits(trainer, module, outputs)
-        if trainer.sanity_checking or loader in self._collected.unusable:
+        run.sidekick.model.load_state_dict(best.weights)
+        run.paired = True
+        run.messages.info(
+            f"the base of step {step if step >= 0 else 'that is not known'} is paired with the "
+            f"sidekick of step {best.step}, whose validation loss of {best.nll:.4f} (at its own "
+            "best temperature) is its lowest"
+        )
+
+    @override
+    def take(self, logits: Logits, loader: int) -> None:
+        """Keep the logits of a batch."""
+        if self.trainer.sanity_checking:
             return
-        self._collected.add(logits, loader)
+        self.collected.add(logits, loader)
         if not self._weights:
             # Here and not at the end: callbacks that average weights swap them for the batches.
-            self._weights = self._fingerprints(module)
+            self._weights = self._fingerprints()
 
-    def _fingerprints(self, module: LightningModule) -> list[int | None]:
-        model = self.pair.sidekick.model
-        return [] if model is None else fingerprints(module, model)
+    def _fingerprints(self) -> tuple[int | None, ...]:
+        sidekick = self.run.sidekick
+        return () if sidekick is None else tuple(map(fingerprint, (self.module, sidekick.model)))
 
-    def end_validation(self, trainer: Trainer, module: LightningModule) -> None:
+    def fit(self) -> Fitted | None:
         """Fit the temperatures, choose the threshold, measure and log.
 
+        Returns:
+            What was fitted; None if nothing could be, within a fit of the base. There a warning
+            says so and NaN is logged: the base's training ends with the sidekick only where a
+            callback that watches these values wants it so.
+
         Raises:
-            ValueError: If there is nothing to fit, and this is no validation within fit; there a
-                warning says so and NaN is logged: the base's training ends with the sidekick only
-                where a callback that watches these values wants it so.
+            ValueError: If there is nothing to fit, and this is no validation within fit.
         """
-        processes = Processes(trainer, module)
-        classes = processes.num_classes(self.pair.sidekick.num_classes)
-        needed = self.calibration_loader
-        loaders = self._measurable(processes, "validation", len(trainer.num_val_batches), needed)
-        samples = self._collected.of_loaders(len(trainer.num_val_batches), classes)
-        self._collected.clear()
-        self.record.unfit()
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        run, processes, loaders = self.run, self.processes, len(self.trainer.num_val_batches)
+        classes = processes.num_classes(run.num_classes)
+        measurable = self.measurable(loaders)
+        samples = self.collected.of_loaders(loaders, classes)
+        if not run.was_trained and not run.options.knows_the_task:
+            run.messages.warn(
+                "the sidekick was not fine-tuned (no fit, no ckpt_path), so its head is random and "
+                "the duo is little more than the temperature-scaled base"
+            )
+        run.fitted, run.predictions, run.results = None, {}, without(run.results, "val")
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
         try:
-            chosen = samples[self.calibration_loader]
-            fit = fit_temperatures(*chosen, reduce=processes.reduce)
+            fit = fit_temperatures(*samples[self.needed], reduce=processes.reduce)
         except ValueError as error:
             if not fitting:
                 raise
             # For those that watch these values: Lightning would go on with the last ones, or fail.
-            self._log_nothing(processes, loaders)
-            rank_zero_warn(
-                f"{self.me}: no temperatures can be fitted at step {self.record.step}: {error}. If "
-                "it is the sidekick that diverges, give it a smaller learning rate "
-                "(optimizer=...) or clip gradients; if the base masks classes, the sidekick must "
-                "mask them too"
+            self._log_nothing(measurable)
+            run.messages.warn(
+                f"no temperatures can be fitted at step {run.global_step}: {error}. If it is the "
+                "sidekick that diverges, give it a smaller learning rate (optimizer=...) or clip "
+                "gradients; if the base masks classes, the sidekick must mask them too"
             )
-            return
-        self._calibrate(processes, fit, {index: samples[index] for index in loaders}, classes)
-        if not fitting:
-            self.say()
-        elif self.pair.sidekick.model is not None:
-            self.record.consider(self.pair.sidekick.model, fit.nll_sidekick)
+            return None
+        fitted = self._fitted(fit, {index: samples[index] for index in measurable}, classes)
+        if fitting and run.sidekick is not None:
+            if run.best is None or fit.nll_sidekick < run.best.nll:
+                run.best = BestSidekick.of(run.sidekick.model, fit.nll_sidekick, run.global_step)
+        return fitted
 
-    def _log_nothing(self, processes: Processes, loaders: list[int]) -> None:
+    def _log_nothing(self, loaders: list[int]) -> None:
         """NaN for what is logged at a validation, where there are no temperatures."""
+        options = self.run.options
         names = [f"duo/temperature_{model}" for model in Temperatures._fields]
-        measured = [f"{model}/val_{metric}" for model in LOGGED for metric in HIGHER_IS_BETTER]
-        if self.request[0] is not None:
+        if options.target_accuracy is not None:
             names.append("duo/threshold")
-            measured += ["duo/val_coverage", "duo/val_selective_accuracy"]
-        for loader in loaders:
-            names += [stage_name(name, loader) for name in measured]
+        measured = options.measured_names()
+        names += [stage_name(name, loader) for loader in loaders for name in measured]
         for name in names:
-            self.log.value(processes, name, math.nan)
+            self.log(name, math.nan)
 
-    def _measurable(self, processes: Processes, stage: str, loaders: int, needed: int) -> list[int]:
-        """Loaders with samples, all of which are usable; others than the needed one may lack."""
-        found = []
-        for index in range(loaders):
-            why = self._collected.unusable.get(index)
-            if processes.total(int(why is not None)):
-                rank_zero_warn(
-                    f"{self.me}: {stage} dataloader {index} is not measured: "
-                    f"{why or 'another process cannot use its batches'}"
-                )
-            elif index == needed or processes.total(self._collected.count(index)):
-                found.append(index)
-        return found
-
-    def _calibrate(
-        self, processes: Processes, fit: TemperatureFit, samples: dict[int, Logits], classes: int
-    ) -> None:
+    def _fitted(self, fit: TemperatureFit, samples: dict[int, Logits], classes: int) -> Fitted:
         """Take the temperatures, and measure the samples of all loaders with them."""
+        run = self.run
         if fit.status == "separable":
-            rank_zero_warn(
-                f"{self.me}: the duo separates the validation set without error, so no finite "
-                "temperatures are best and confidences will be near 1; validate on more samples"
+            run.messages.warn(
+                "the duo separates the validation set without error, so no finite temperatures "
+                "are best and confidences will be near 1; validate on more samples"
             )
         found = {}
         for index, logits in samples.items():
             metrics = DuoMetrics(classes, fit)
             metrics.update(*logits)
-            found[index] = processes.predictions(metrics)
+            found[index] = self.processes.predictions(metrics)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            calibration = choose_threshold(fit, found[self.calibration_loader], *self.request)
-        self._said = [str(warning.message) for warning in said]
-        self.record.fit(calibration, self._weights or self._fingerprints(processes.module))
-        for index, predictions in found.items():
-            self._measure(processes, "val", index, predictions)
+            asked = run.options.target_accuracy, run.options.delta
+            calibration = choose_threshold(fit, found[self.needed], *asked)
+        self.measure(found, calibration.threshold)
         for name, value in fit.temperatures._asdict().items():
-            self.log.value(processes, f"duo/temperature_{name}", value)
+            self.log(f"duo/temperature_{name}", value)
         if calibration.threshold is not None:
-            self.log.value(processes, "duo/threshold", calibration.threshold.value)
+            self.log("duo/threshold", calibration.threshold.value)
+        notes = tuple(str(warning.message) for warning in said)
+        weights = self._weights or self._fingerprints()
+        return Fitted(calibration, run.global_step, weights, notes)
 
-    def say(self) -> None:
-        """Warn of the threshold that was chosen last; once, not at every validation of a fit."""
-        for message in self._said:
-            rank_zero_warn(f"{self.me}: {message}")
-        self._said = []
 
-    def begin_test(self, trainer: Trainer, module: LightningModule) -> None:
-        """Expect the samples of the Trainer's test loaders; temperatures must have been fitted."""
-        assert self.record.calibration is not None
-        classes = Processes(trainer, module).num_classes(self.pair.sidekick.num_classes)
-        self._collected.begin(trainer.test_dataloaders)
-        fit = self.record.calibration.fit
-        for results in (self.record.results, self.record.predictions):
-            for stage in [stage for stage in results if stage.partition("/")[0] == "test"]:
-                del results[stage]
+class Test(Stage):
+    """Measures the samples of a test with the temperatures that were fitted before."""
+
+    name = "test"
+
+    def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
+        super().__init__(run, trainer, module, trainer.test_dataloaders, needed=0)
+        if run.fitted is None:
+            raise MisconfigurationException(
+                "DuoCallback cannot test without temperatures: run trainer.fit or trainer.validate "
+                "first, or pass trainer.test(ckpt_path=...) a checkpoint saved after a validation"
+            )
+        calibration = run.fitted.calibration
+        self.threshold = calibration.threshold
+        classes = self.processes.num_classes(run.num_classes)
+        run.results = without(run.results, self.name)
+        run.predictions = without(run.predictions, self.name)
         loaders = range(len(trainer.num_test_batches))
-        self._metrics = {index: DuoMetrics(classes, fit) for index in loaders}
+        self.metrics = {index: DuoMetrics(classes, calibration.fit) for index in loaders}
 
-    def add_test(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, loader: int
-    ) -> None:
-        """Take the batch whose test step just returned ``outputs``."""
-        if loader in self._collected.unusable:
-            return
-        with self._leaving_out(trainer, loader):
-            logits = self.pair.logits(trainer, module, outputs)
-            check_samples(*logits)
-            self._metrics[loader].update(*self._collected.own(logits, loader))
+    @override
+    def take(self, logits: Logits, loader: int) -> None:
+        """Measure a batch."""
+        check_samples(*logits)
+        self.metrics[loader].update(*self.collected.own(logits, loader))
 
-    def end_test(self, trainer: Trainer, module: LightningModule) -> None:
+    def report(self) -> None:
         """Measure and log."""
-        processes = Processes(trainer, module)
-        for index in self._measurable(processes, "test", len(self._metrics), needed=0):
-            if processes.total(self._collected.count(index)):
-                predictions = processes.predictions(self._metrics[index])
-                self._measure(processes, "test", index, predictions)
-
-    def _measure(
-        self,
-        processes: Processes,
-        stage: str,
-        loader: int,
-        predictions: dict[str, Predictions],
-    ) -> None:
-        calibration = self.record.calibration
-        threshold = None if calibration is None else calibration.threshold
-        name = stage_name(stage, loader)
-        place = (stage, name.removeprefix(stage))
-        self.record.results[name] = self.log.write(processes, place, predictions, threshold)
-        self.record.predictions[name] = predictions
+        found = {}
+        for index in self.measurable(len(self.metrics)):
+            if self.processes.total(self.collected.count(index)):
+                found[index] = self.processes.predictions(self.metrics[index])
+        self.measure(found, self.threshold)

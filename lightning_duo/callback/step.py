@@ -1,27 +1,207 @@
-"""Base and sidekick of a run, side by side: the logits of both for a batch, and the duo."""
+"""One step of the base: what goes in, and which logits it makes of it."""
 
-import copy
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_duo.base import BaseLogits, LogitsFn, LogitsOf, call_base, has_forward
-from lightning_duo.batch import BatchFn, describe, read_batch
-from lightning_duo.calibration import Calibration
-from lightning_duo.callback.run import is_sharded
-from lightning_duo.callback.sidekick import Sidekick, sidekick_logits
-from lightning_duo.cost import Cost, count_flops, count_parameters
+from lightning_duo.base import as_logits, call_base, remedy
+from lightning_duo.batch import describe, read_batch
+from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.options import Options
 from lightning_duo.isolation import evaluating, own_stream, same_values, unnoticed
-from lightning_duo.logits import Logits
-from lightning_duo.module import DuoModule
-from lightning_duo.tasks import check_targets
 
-_STAGES = ("training", "validation", "test", "predict")
+
+class Step:
+    """A batch from the start of the base's step to its end.
+
+    The base's logits are, in this order: what the user's ``logits_fn`` gives; logits in what the
+    step returned; what the module's forward returned during the step; else those of one extra
+    forward, which a message announces once.
+
+    Args:
+        module: The base.
+        batch: As its step is about to get it.
+        options: The user's.
+        messages: Where to say what was taken for what.
+        watch: Whether to note what the module's forward returns.
+        first: Whether to look closely at what the step does with the batch.
+
+    Raises:
+        ValueError: If inputs and targets cannot be found in the batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Any,
+        options: Options,
+        messages: Messages,
+        *,
+        watch: bool,
+        first: bool,
+    ) -> None:
+        self.module, self.logits_fn, self.messages = module, options.logits_fn, messages
+        if options.batch_fn is None:  # ours draws nothing
+            found = read_batch(batch)
+        else:
+            with own_stream(next((p.device for p in module.parameters()), torch.device("cpu"))):
+                found = options.batch_fn(batch)
+        check_read(found)
+        self.inputs, self.targets = found
+        if first and options.batch_fn is None:
+            self._say_what_was_taken(batch)
+        self._before = Snapshot(found, copy=first)
+        self._seen: list[tuple[Any, Tensor]] = []
+        self._hook = None
+        if watch and self.logits_fn is None:
+            self._hook = module.register_forward_hook(self._note, with_kwargs=True)
+
+    def finish(self) -> None:
+        """Watch the module no longer; may be called again."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the step changed inputs or targets in place."""
+        self._before.check(self.module)
+
+    def _note(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Other callbacks may call the module too; Lightning says whose turn it is.
+        if not (getattr(module, "_current_fx_name", None) or "a_step").endswith("_step"):
+            return
+        logits = as_logits(output)
+        if logits is not None:
+            self._seen.append((next(iter((*args, *kwargs.values())), None), logits.detach()))
+
+    def _say_what_was_taken(self, batch: Any) -> None:
+        count = len(self.targets)
+        parts = batch[2:] if isinstance(batch, tuple | list) else ()
+        others = [part for part in parts if isinstance(part, Tensor) and part.shape == (count,)]
+        if any(not part.is_floating_point() for part in others):
+            self.messages.info(
+                f"of the {len(batch)} parts of a batch the first is taken as the inputs and the "
+                "second as the targets; pass batch_fn=lambda batch: (inputs, targets) if others "
+                "are",
+                once="parts of a batch",
+            )
+
+    def num_classes(self, outputs: Any) -> int:
+        """K, from any logits of the step, which returned ``outputs``."""
+        seen = {x.shape[1]: x for _, x in self._seen if len(x) == len(self.targets)}
+        if self.logits_fn is None and as_logits(outputs) is None and len(seen) == 1:
+            (logits,) = seen.values()
+            return check_logits(logits, self.targets).shape[1]
+        return self.logits(outputs).shape[1]
+
+    def logits(self, outputs: Any, *, classes: int = 0) -> Tensor:
+        """The base's logits (N, K) of this batch, detached.
+
+        Args:
+            outputs: What the training, validation or test step returned.
+            classes: K, if it is known.
+
+        Raises:
+            ValueError: If no logits can be found or their shape does not fit the targets.
+        """
+        if self.logits_fn is not None:
+            with evaluating(self.module), unnoticed(self.module):
+                return self._checked(self.logits_fn(self.module, self.inputs))
+        logits = as_logits(outputs)
+        if logits is not None and len(logits) == len(self.targets):
+            return self._checked(self._unless_forward_differs(outputs, logits, classes))
+        logits = self._from_forward()
+        return self._checked(self._extra_forward() if logits is None else logits)
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        logits = check_logits(logits, self.targets)
+        if len(logits) and bool((logits >= 0).all()) and self.messages.first("probabilities?"):
+            if bool((logits.float().sum(1) - 1).abs().max() < 1e-3):
+                self.messages.warn(
+                    "the base seems to give probabilities (non-negative rows that sum to 1) "
+                    "where logits belong; give it logits, or pass DuoCallback(..., "
+                    "logits_fn=...), or the temperatures will mean little"
+                )
+        return logits
+
+    def _from_forward(self) -> Tensor | None:
+        """What the module's forward gave, if it is clear which call counts."""
+        fitting = [(x, logits) for x, logits in self._seen if len(logits) == len(self.targets)]
+        same_input = [logits for x, logits in fitting if x is self.inputs]
+        candidates = same_input or [logits for _, logits in fitting]
+        if len(candidates) == 1 and self.messages.first("forward compared"):
+            self._compare(fitting)
+        if len(candidates) > 1 and not all(torch.equal(candidates[0], c) for c in candidates):
+            raise ValueError(
+                f"the step called the module's forward {len(candidates)} times and each gave "
+                f"logits for {len(self.targets)} samples, so it is unclear which are the "
+                'prediction; return {"logits": ...} from the step or pass DuoCallback(..., '
+                "logits_fn=lambda module, inputs: ...)"
+            )
+        return candidates[0] if candidates else None
+
+    def _unless_forward_differs(self, outputs: Any, returned: Tensor, classes: int) -> Tensor:
+        """What the step returned as logits, beside what its forward gave for the same inputs.
+
+        A bare tensor of another width is one of logits and features: that of as many columns as
+        there are classes, or the narrower of the two, is taken for the logits.
+        """
+        same = (x for argument, x in self._seen if argument is self.inputs)
+        forwards = [x for x in same if len(x) == len(returned)]
+        if len(forwards) != 1 or not len(returned):
+            return returned
+        forward, chosen = forwards[0], returned
+        if forward.shape != returned.shape and isinstance(outputs, Tensor):
+            narrow, wide = sorted((forward, returned), key=lambda x: x.shape[1])
+            width = narrow.shape[1]
+            is_narrow = width == classes if classes else width > int(self.targets.max())
+            chosen = narrow if is_narrow else wide
+        if self.messages.first("forward compared"):
+            if not (chosen is returned and _close(forward, returned)):
+                which = "what it returns is" if chosen is returned else "forward's are"
+                self.messages.warn(
+                    f"the step returns {tuple(returned.shape)} and its forward, which the duo "
+                    f"will call, gives other logits {tuple(forward.shape)} for the same inputs; "
+                    f"{which} taken for the base's logits. Pass DuoCallback(..., "
+                    "logits_fn=lambda module, inputs: ...) that gives the logits which are meant"
+                )
+        return chosen
+
+    def _compare(self, calls: list[tuple[Any, Tensor]]) -> None:
+        """Say where the step does more with its forward than the duo will."""
+        argument = calls[0][0]
+        same = argument is self.inputs or (
+            isinstance(argument, Tensor)
+            and isinstance(self.inputs, Tensor)
+            and torch.equal(argument, self.inputs)
+        )
+        if len(calls) > 1 or not same:
+            what = f"{len(calls)} times" if same else "with something else than the batch's inputs"
+            self.messages.warn(
+                f"the step calls forward {what} before it has its logits, but the duo calls it "
+                "once, as forward(inputs), with the inputs as they are in the batch; pass "
+                "DuoCallback(..., logits_fn=lambda module, inputs: ...) that does all the step does"
+            )
+
+    def _extra_forward(self) -> Tensor:
+        self.messages.info(
+            "the step neither returns logits nor calls the module, so the base runs once more "
+            'per batch to get them; return {"logits": ...} to avoid that',
+            once="extra forward",
+        )
+        try:
+            with evaluating(self.module), unnoticed(self.module):
+                return call_base(self.module, self.inputs)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the forward of {type(self.module).__name__} cannot run the batch's inputs as "
+                f"they are: {type(error).__name__}: {error}; pass DuoCallback(..., "
+                "logits_fn=lambda module, inputs: ...) that does what the step does, or return "
+                '{"logits": ...} from the step'
+            ) from error
 
 
 def check_read(found: Any) -> None:
@@ -65,168 +245,27 @@ class Snapshot:
             )
 
 
-class Pair:
-    """Both models of a run.
+def check_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return finite base logits, detached, or raise ValueError.
 
     Args:
-        sidekick: The sidekick, perhaps not built yet.
-        batch_fn: ``batch -> (inputs, targets)``.
-        logits_fn: ``(module, inputs) -> logits``, or None.
+        logits: Logits of the base, shape (N, K).
+        targets: Targets of the same batch, shape (N,).
     """
-
-    def __init__(self, sidekick: Sidekick, batch_fn: BatchFn, logits_fn: LogitsFn | None) -> None:
-        self.sidekick, self.read_batch = sidekick, batch_fn
-        self.base = BaseLogits(logits_fn)
-        self._example: Tensor | None = None
-        self._batch: tuple[Any, Tensor] | None = None
-        self._before: Snapshot | None = None
-        self._said = False
-
-    def before_step(self, module: LightningModule, batch: Any, *, watch: bool, first: bool) -> None:
-        """Take inputs and targets from the batch before the base's step can change it.
-
-        Args:
-            module: The base.
-            batch: As its step is about to get it.
-            watch: Whether to record the logits of the step.
-            first: Whether to look closely at what the step does with the batch.
-        """
-        if self.read_batch is read_batch:  # ours draws nothing
-            self._batch = read_batch(batch)
-        else:
-            with own_stream(module.device):
-                self._batch = self.read_batch(batch)
-        check_read(self._batch)
-        if first and self.read_batch is read_batch:
-            self._say_what_was_taken(batch, len(self._batch[1]))
-        self._before = Snapshot(self._batch, copy=first)
-        if watch:
-            self.base.watch(module)
-
-    def _say_what_was_taken(self, batch: Any, count: int) -> None:
-        if self._said or not isinstance(batch, tuple | list):
-            return
-        others = [p for p in batch[2:] if isinstance(p, Tensor) and p.shape == (count,)]
-        if any(not part.is_floating_point() for part in others):
-            self._said = True
-            rank_zero_info(
-                f"DuoCallback: of the {len(batch)} parts of a batch the first is taken as the "
-                "inputs and the second as the targets; pass batch_fn=lambda batch: (inputs, "
-                "targets) if others are"
-            )
-
-    def after_step(self, module: LightningModule) -> tuple[Any, Tensor]:
-        """Inputs and targets of the batch whose step has ended.
-
-        Raises:
-            ValueError: If the step changed them in place.
-        """
-        assert self._batch is not None
-        assert self._before is not None
-        self._before.check(module)
-        batch, self._batch, self._before = self._batch, None, None
-        return batch
-
-    @property
-    def in_step(self) -> bool:
-        """Whether the batch of a step that has begun is still to be used."""
-        return self._batch is not None
-
-    def reset(self) -> None:
-        """Forget the batch of a step that did not end."""
-        self._batch = self._before = None
-        self.base.unwatch()
-
-    def build(self, trainer: Trainer, pl_module: LightningModule, num_classes: int) -> nn.Module:
-        """The sidekick, on the base's device and in the Trainer's precision."""
-        with torch.inference_mode(False):
-            model = self.sidekick.build(num_classes, pl_module, pretrained=True)
-            return trainer.precision_plugin.convert_module(model).to(pl_module.device)
-
-    def logits(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Logits:
-        """Logits of both models (N, K) and targets (N,) of the last batch, on the CPU."""
-        inputs, targets = self.after_step(pl_module)
-        with own_stream(pl_module.device):
-            with trainer.precision_plugin.val_step_context():
-                known = self.sidekick.num_classes or 0
-                base = self.base.of(pl_module, outputs, inputs, targets, classes=known)
-            classes = base.shape[1]
-            if self.sidekick.num_classes not in (None, classes):
-                raise ValueError(
-                    f"the base gives {classes} classes but the sidekick was built for "
-                    f"{self.sidekick.num_classes}; pass DuoCallback(..., num_classes={classes})"
-                )
-            model = self.build(trainer, pl_module, classes)
-            targets = check_targets(targets, classes)
-            deployed = self.sidekick.deployable()  # a transform may have modes too
-            with evaluating(deployed), trainer.precision_plugin.val_step_context():
-                sidekick = sidekick_logits(model, self.sidekick.inputs(pl_module, inputs))
-        if sidekick.shape != base.shape:
-            raise ValueError(
-                f"the sidekick {self.sidekick.name!r} gives logits {tuple(sidekick.shape)} but "
-                f"the base {tuple(base.shape)}: give it a head with {classes} outputs, or pass a "
-                "name or a callable num_classes -> nn.Module"
-            )
-        if isinstance(inputs, Tensor) and len(inputs):
-            self._example = inputs[:1].detach()
-        return Logits(base.float().cpu(), sidekick.float().cpu(), targets.cpu())
-
-    def cost(self, module: LightningModule) -> Cost | None:
-        """FLOPs of both models for one sample, and parameters; None if they can't be counted."""
-        if self._example is None or self.sidekick.model is None or is_sharded(module):
-            return None
-        sidekick = self.sidekick.deployable()
-        try:
-            with own_stream(module.device), unnoticed(module):
-                base = count_flops(module, self._example, self.base.logits_fn or call_base)
-                flops = base, count_flops(sidekick, self._example)
-        except Exception as error:  # the user's forward may want more than a batch of one
-            rank_zero_warn(f"DuoCallback: the FLOPs of base and sidekick are unknown: {error}")
-            return None
-        return Cost(*flops, count_parameters(module), count_parameters(sidekick))
-
-    def duo(self, module: LightningModule, calibration: Calibration) -> DuoModule:
-        """A deep copy of both models as a duo, on the base's device, in eval mode.
-
-        Raises:
-            ValueError: If the base's logits can be computed neither by its forward nor by the
-                user's ``logits_fn``.
-            MisconfigurationException: If the base is sharded, or cannot be copied.
-        """
-        if self.base.logits_fn is None and not has_forward(module):
-            raise ValueError(
-                f"{type(module).__name__} has no forward, so the duo cannot call it; define "
-                "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-            )
-        if is_sharded(module):
-            raise MisconfigurationException(
-                "each process holds a shard of the base only, so no duo can be copied; save with "
-                "ModelParallelStrategy(save_distributed_checkpoint=False), then in one process "
-                "trainer.validate(model, data, ckpt_path=...) and callback.module"
-            )
-        self.base.unwatch()
-        base, sidekick = _copies(module, self.sidekick.deployable())
-        if getattr(base, "_compiler_ctx", None) is not None:
-            # Lightning keeps the compiled methods of `torch.compile(module)` on the instance, and
-            # a copied function still runs the original's weights.
-            for name in ("forward", *(f"{stage}_step" for stage in _STAGES)):
-                vars(base).pop(name, None)
-        if self.base.logits_fn is not None:
-            base = LogitsOf(self.base.logits_fn, base)
-        duo = calibration.module(base, sidekick)
-        return duo.to(module.device).requires_grad_(False).eval()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
+        raise ValueError(
+            f"the base must give logits of shape ({len(targets)}, K) for a batch of {len(targets)} "
+            f"targets, got {describe(logits)}{remedy(logits)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"a duo needs logits of K >= 2 classes, the base gives {describe(logits)}"
+            f"{remedy(logits)}"
+        )
+    return logits.detach()
 
 
-def _copies(base: nn.Module, sidekick: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Deep copies made in one go, so that neither refers to an original."""
-    # Losses and outputs that the user's steps have kept on the module are no leaves of autograd,
-    # which refuse to be copied.
-    kept = [leaf for part in base.modules() for leaf in tree_leaves(list(vars(part).values()))]
-    memo = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
-    try:
-        return copy.deepcopy((base, sidekick), memo)
-    except Exception as error:
-        raise MisconfigurationException(
-            f"{type(base).__name__} or the sidekick cannot be copied ({type(error).__name__}: "
-            f"{error}); give it a __deepcopy__ or take away the attribute that cannot be copied"
-        ) from error
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.float(), other.float(), rtol=1e-3, atol=1e-3, equal_nan=True
+    )

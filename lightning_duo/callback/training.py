@@ -1,91 +1,23 @@
-"""Co-fine-tuning: the sidekick learns inside the base's training loop, without a trace in it."""
+"""Where the sidekick learns: inside the base's training loop, without a trace in it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from lightning_duo.callback.sidekick import sidekick_logits
+from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.options import Options
+from lightning_duo.callback.sidekick import Sidekick, check_model, sidekick_logits
 from lightning_duo.isolation import own_stream
 from lightning_duo.zoo import head_parameters
-
-OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the sidekick is fine-tuned: linear probe of the head, then all of it (paper, A.2)."""
-
-    probe: float = 0.3
-    """Fraction of the optimizer steps that train the head only (paper: 8 of 28, 5 of 15 epochs)."""
-    optimizer: OptimizerFn | None = None
-    """Parameters -> optimizer, in both phases; None: AdamW, lr 1e-3 (probe) and 3e-4."""
-    lr_scheduler: SchedulerFn | None = None
-    """Optimizer -> scheduler, stepped after every optimizer step, made anew for each phase; None:
-    linear warm-up over 5 % of the phase, then cosine to 0."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.probe <= 1:
-            raise ValueError(
-                f"probe must be a fraction of the training in [0, 1], got {self.probe}"
-            )
-
-        for name in ("optimizer", "lr_scheduler"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise TypeError(
-                    f"{name} must be callable, such as functools.partial(torch.optim.AdamW, "
-                    f"lr=1e-4) for the optimizer; got {value!r}"
-                )
-
-    def make_optimizer(self, parameters: list[nn.Parameter], *, probing: bool) -> Optimizer:
-        """Optimizer of one phase."""
-        if self.optimizer is not None:
-            return self.optimizer(parameters)
-        return AdamW(parameters, lr=1e-3 if probing else 3e-4, weight_decay=1e-6)
-
-    def make_scheduler(self, optimizer: Optimizer, steps: int | None) -> LRScheduler:
-        """Scheduler of a phase of that many optimizer steps; None if it has no known end."""
-        if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(optimizer)
-            if isinstance(scheduler, ReduceLROnPlateau):
-                raise MisconfigurationException(
-                    "the sidekick's lr_scheduler is stepped after every update without a metric, "
-                    "so ReduceLROnPlateau cannot be used; pass another scheduler"
-                )
-            return scheduler
-        warmup = 100 if steps is None else max(1, round(0.05 * steps))
-
-        def factor(step: int) -> float:
-            if step < warmup or steps is None:
-                return min(1.0, (step + 1) / (warmup + 1))
-            fallen = min(1.0, (step - warmup) / max(1, steps - warmup))  # training may go on
-            return (1 + math.cos(math.pi * fallen)) / 2
-
-        return LambdaLR(optimizer, factor)
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Raise MisconfigurationException if no parameter of the sidekick can be trained."""
-    if not any(p.requires_grad for p in model.parameters()):
-        raise MisconfigurationException(
-            "the sidekick has no trainable parameters; call requires_grad_(True) on it, or fit "
-            "only the temperatures with trainer.validate"
-        )
 
 
 def planned_updates(
@@ -137,60 +69,60 @@ class Progress(NamedTuple):
     """Steps until training ends; None if nobody knows."""
 
 
-class SidekickTrainer:
-    """Trains the sidekick inside someone else's training loop, without a trace in it.
+class Training:
+    """Trains the sidekick inside the base's training loop, without a trace in it.
 
     It steps when the base's optimizer has stepped, uses the Trainer's precision, gradient
     clipping and gradient averaging, and leaves the global random streams as they were.
 
     Args:
-        model: The sidekick.
-        num_classes: K.
-        recipe: How to train it.
-        trainer: The user's Trainer; training is about to start.
-        state: What `state_dict` gave, to go on from there.
-        steps_per_batch: See `planned_updates`.
-        step: The Trainer's global step before its first batch.
+        sidekick: The sidekick.
+        options: The user's.
+        trainer: The user's Trainer, in fit.
+        messages: Where to say what becomes of the recipe.
+        state: What `state_dict` gave, to resume from it, or None.
+        steps_per_batch: Optimizer steps of the base in a batch; see `planned_updates`.
+        step: The Trainer's global step where this begins.
 
     Raises:
-        MisconfigurationException: If the model has nothing to train.
+        MisconfigurationException: If the model cannot be trained.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        num_classes: int,
-        recipe: Recipe,
+        sidekick: Sidekick,
+        options: Options,
         trainer: Trainer,
-        state: dict[str, Any] | None,
+        messages: Messages,
+        state: dict[str, Any] | None = None,
         *,
         steps_per_batch: int = 1,
         step: int = 0,
     ) -> None:
-        self.model, self.recipe, self.trainer = model, recipe, trainer
-        check_trainable(model)
+        self.model, self.options, self.trainer = sidekick.model, options, trainer
+        check_model(self.model, trained=True)
         # As the Trainer does with the base, if it was asked to; there is none for the CPU.
         self._layer_sync = getattr(trainer.strategy, "_layer_sync", None)
         if self._layer_sync is not None and trainer.strategy.root_device.type != "cpu":
-            self._layer_sync.apply(model)
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
+            self._layer_sync.apply(self.model)
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.updates = self.batches = 0
         self.seed = trainer.strategy.broadcast(torch.initial_seed())
         # A sidekick that was stopped goes on counting; one that begins late plans for what is left.
         begin = {"epoch": trainer.current_epoch, "step": step} if state is None else {}
         self.total = planned_updates(trainer, steps_per_batch, **begin)
         if self.total is None:
-            rank_zero_warn(
-                "DuoCallback: nobody knows when training ends (no max_epochs, a train loader "
-                "without length, or a module that steps its optimizers itself under max_steps), so "
-                "the sidekick trains without a linear probe at a constant learning rate; set "
-                "max_epochs or max_steps for the full recipe"
+            messages.warn(
+                "nobody knows when training ends (no max_epochs, a train loader without length, "
+                "or a module that steps its optimizers itself under max_steps), so the sidekick "
+                "trains without a linear probe at a constant learning rate; set max_epochs or "
+                "max_steps for the full recipe"
             )
-        head = {id(p) for _, p in head_parameters(model, num_classes)}
+        head = {id(p) for _, p in head_parameters(self.model, sidekick.num_classes)}
         self._head = [p for p in self._trainable if id(p) in head]
-        self.probe_updates = round(recipe.probe * (self.total or 0)) if self._head else 0
-        if recipe.probe and not self.probe_updates and not self._head:
-            rank_zero_info("DuoCallback: no final linear layer found, so there is no linear probe")
+        self.probe_updates = round(options.probe * (self.total or 0)) if self._head else 0
+        if options.probe and not self.probe_updates and not self._head:
+            messages.info("no final linear layer found, so there is no linear probe")
         mixed_half = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.scaler = torch.amp.GradScaler(trainer.strategy.root_device.type, enabled=mixed_half)
         if state is not None:
@@ -201,6 +133,11 @@ class SidekickTrainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.updates, self.batches, self.probe_updates, self.total)
 
     @property
     def probing(self) -> bool:
@@ -216,8 +153,8 @@ class SidekickTrainer:
         for p in parameters:
             p.requires_grad_(True)
         steps = self.probe_updates if probing else self.total and self.total - self.probe_updates
-        self.optimizer = self.recipe.make_optimizer(parameters, probing=probing)
-        self.scheduler = self.recipe.make_scheduler(self.optimizer, steps)
+        self.optimizer = self.options.make_optimizer(parameters, probing=probing)
+        self.scheduler = self.options.make_scheduler(self.optimizer, steps)
         self._parallel: nn.Module = self.model
         strategy = self.trainer.strategy
         if self.trainer.world_size > 1:  # whole in every process, whatever becomes of the base
@@ -229,8 +166,8 @@ class SidekickTrainer:
                 find_unused_parameters=options.get("find_unused_parameters", False),
             )
 
-    def stop(self) -> None:
-        """Leave the model as it was given, but for its weights."""
+    def leave(self) -> None:
+        """Leave the model as it was before training, but for its weights."""
         for p in self._trainable:
             p.requires_grad_(True)
         if self._layer_sync is not None:

@@ -1,0 +1,166 @@
+"""What a checkpoint keeps of a run, and how a run comes back from it."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_duo._version import __version__
+from lightning_duo.calibration import Calibration
+from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.run import Run
+from lightning_duo.callback.sidekick import Sidekick
+from lightning_duo.callback.training import Progress
+
+STATE_VERSION = 3
+COUNTED = ("updates", "batches", "probe_updates")
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """A run in tensors and plain types; without a sidekick if none was built yet."""
+    written = {"version": STATE_VERSION, "library": __version__}
+    if run.sidekick is None:
+        return {**written, "sidekick": None}  # a learning rate finder comes back to this
+    if run.training is not None and run.step is not None:
+        run.messages.warn(
+            "a checkpoint is being saved after the base's step and before the sidekick's, so "
+            "resuming from it will not be exact; put DuoCallback before the callback that saves"
+        )
+    fitted = run.fitted
+    return {
+        **written,
+        "name": run.options.sidekick_name,
+        "num_classes": run.sidekick.num_classes,
+        "sidekick": run.sidekick.model.state_dict(),
+        "transform": run.options.transform_name,
+        "training": run.training_state(),
+        "run": run.id,
+        "best": run.best and run.best.state_dict(),
+        "calibration": fitted and fitted.calibration.state_dict(),
+        "fitted_at_step": -1 if fitted is None else fitted.step,
+        "fitted_to": [] if fitted is None else list(fitted.weights),
+        "results": run.results,
+    }
+
+
+def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
+    """The run as a checkpoint describes it.
+
+    Args:
+        run: What is in memory, of the base that the checkpoint is for.
+        state: What `state_of` gave when the checkpoint was saved.
+        stage: What the Trainer is about to do: "fit", "validate" or "test".
+
+    Raises:
+        ValueError: If another version of the library wrote it, or it is of other classes or of
+            another architecture.
+    """
+    check_state(state, run.num_classes)
+    options, messages = run.options, run.messages
+    if run.training is not None:
+        run.training.leave()
+    if state["sidekick"] is None:
+        if stage != "fit":
+            return run
+        # Back to before it was built.
+        return Run(options, messages, run.base, run.id, global_step=run.global_step, restored=True)
+    if state["transform"] != options.transform_name:
+        messages.warn(
+            f"the checkpoint's sidekick saw its inputs through {state['transform']}, this "
+            f"callback's sees them through {options.transform_name}"
+        )
+    if run.paired and stage == "test":
+        messages.warn(
+            "the pair that trainer.validate refitted gives way to that of the checkpoint; to test "
+            "the refitted one, call trainer.test(model, data) without ckpt_path"
+        )
+    sidekick = run.sidekick or Sidekick.build(
+        options, state["num_classes"], run.base, messages, restored=True
+    )
+    load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
+    messages.info(f"sidekick {options.sidekick_name!r} restored from the checkpoint")
+    fitted = _fitted(state)
+    if fitted is not None:
+        chosen = fitted.calibration.target_accuracy, fitted.calibration.delta
+        asked = options.target_accuracy, options.delta
+        if asked != chosen:
+            messages.warn(
+                f"the checkpoint's threshold was chosen for target_accuracy={chosen[0]}, "
+                f"delta={chosen[1]}, this callback asks for {asked[0]}, {asked[1]}; refit with "
+                "trainer.validate"
+            )
+    training = state["training"]
+    return replace(
+        run,
+        id=state["run"],
+        sidekick=sidekick,
+        training=None,
+        resume=training,
+        progress=training and Progress(**{k: training[k] for k in COUNTED}, total=None),
+        fitted=fitted,
+        best=_better(run.best if run.id == state["run"] else None, state["best"]),
+        results=state["results"],
+        predictions={},
+        restored=True,
+        paired=False,
+    )
+
+
+def _fitted(state: dict[str, Any]) -> Fitted | None:
+    if state["calibration"] is None:
+        return None
+    calibration = Calibration.from_state_dict(state["calibration"])
+    return Fitted(calibration, state["fitted_at_step"], tuple(state["fitted_to"]))
+
+
+def _better(mine: BestSidekick | None, saved: dict[str, Any] | None) -> BestSidekick | None:
+    """The better of two sidekicks of one run."""
+    both = (mine, saved and BestSidekick(**saved))
+    return min((best for best in both if best), key=lambda best: best.nll, default=None)
+
+
+def check_state(state: dict[str, Any], num_classes: int | None) -> None:
+    """Find what keeps a checkpoint's duo state from being loaded.
+
+    Args:
+        state: The state as it was saved.
+        num_classes: K, or None if not known yet.
+
+    Raises:
+        ValueError: If another version of the library wrote it, or it is of other classes.
+    """
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint holds duo state of version {version}, written by lightning_duo "
+            f"{state.get('library', 'of an earlier day')}; this is lightning_duo {__version__}, "
+            f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
+            "without DuoCallback"
+        )
+    if state["sidekick"] is not None and num_classes not in (None, state["num_classes"]):
+        raise ValueError(
+            f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} classes, this "
+            f"callback's has {num_classes}; make them the same, or load the checkpoint without "
+            "DuoCallback"
+        )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
+    """Load a sidekick's weights from a checkpoint.
+
+    Args:
+        model: This callback's sidekick.
+        weights: State dict of the checkpoint's.
+        names: What the checkpoint's sidekick was called, and what this one is.
+
+    Raises:
+        ValueError: If they are those of another architecture.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the checkpoint's sidekick {names[0]!r} has other weights than this callback's "
+            f"{names[1]!r}; build it as it was when the checkpoint was saved, or load the "
+            f"checkpoint without DuoCallback: {' '.join(str(error).split())}"
+        ) from error

@@ -1,0 +1,126 @@
+"""What comes of a run: the duo to deploy, its cost, a report, a line that describes it."""
+
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_duo.base import LogitsOf, call_base, has_forward
+from lightning_duo.callback.fingerprint import is_sharded
+from lightning_duo.callback.options import FORMS
+from lightning_duo.callback.run import Run
+from lightning_duo.callback.sidekick import copies
+from lightning_duo.callback.stages import stage_name
+from lightning_duo.cost import Cost, count_flops, count_parameters
+from lightning_duo.isolation import own_stream, unnoticed
+from lightning_duo.module import DuoModule
+from lightning_duo.report import print_summary, write_report
+
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+def duo_of(run: Run) -> DuoModule:
+    """A deep copy of both models as a duo, on the base's device, in eval mode.
+
+    Raises:
+        MisconfigurationException: If no temperatures were fitted, or the base is sharded or cannot
+            be copied.
+        ValueError: If the base's logits can be computed neither by its forward nor by the user's
+            ``logits_fn``.
+    """
+    if run.fitted is None or run.sidekick is None:
+        raise MisconfigurationException(
+            "there is no duo yet: no temperatures were fitted in this process; run trainer.fit "
+            "with validation data, or trainer.validate"
+        )
+    run.warn_if_stale()
+    logits_fn = run.options.logits_fn
+    if logits_fn is None and not has_forward(run.base):
+        raise ValueError(
+            f"{type(run.base).__name__} has no forward, so the duo cannot call it; define "
+            "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+        )
+    if is_sharded(run.base):
+        raise MisconfigurationException(
+            "each process holds a shard of the base only, so no duo can be copied; save with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False), then in one process "
+            "trainer.validate(model, data, ckpt_path=...) and callback.module"
+        )
+    base, sidekick = copies(run.base, run.sidekick.deployable())
+    if getattr(base, "_compiler_ctx", None) is not None:
+        # Lightning keeps the compiled methods of `torch.compile(module)` on the instance, and a
+        # copied function still runs the original's weights.
+        for name in _STEPS:
+            vars(base).pop(name, None)
+    whole: nn.Module = base if logits_fn is None else LogitsOf(logits_fn, base)
+    duo = run.fitted.calibration.module(whole, sidekick)
+    return duo.to(run.base.device).requires_grad_(False).eval()
+
+
+def cost_of(run: Run) -> Cost | None:
+    """FLOPs of both models for one sample, and parameters; None if they can't be counted."""
+    if run.example is None or run.sidekick is None or is_sharded(run.base):
+        return None
+    base, sidekick = run.base, run.sidekick.deployable()
+    try:
+        with own_stream(base.device), unnoticed(base):
+            flops = count_flops(base, run.example, run.options.logits_fn or call_base)
+            others = count_flops(sidekick, run.example)
+    except Exception as error:  # the user's forward may want more than a batch of one
+        run.messages.warn(f"the FLOPs of base and sidekick are unknown: {error}")
+        return None
+    return Cost(flops, others, count_parameters(base), count_parameters(sidekick))
+
+
+def report_of(run: Run, path: str | Path, stage: str | None, resamples: int | None) -> Path:
+    """Write a report on a stage; by default on the test after a test, else on the validation.
+
+    Raises:
+        MisconfigurationException: If that stage was not measured yet.
+    """
+    stage = stage or ("test" if "test" in run.predictions else "val")
+    if run.fitted is None or stage not in run.predictions:
+        raise MisconfigurationException(
+            f"there is nothing to report on {stage!r} yet: run trainer.fit with validation data, "
+            f"trainer.validate or trainer.test; known: {sorted(run.predictions)}"
+        )
+    # A module that was pickled or copied belongs to no Trainer.
+    if run.base._trainer is not None and not run.base.trainer.is_global_zero:
+        return Path(path)
+    return write_report(
+        path,
+        run.predictions[stage],
+        run.fitted.calibration,
+        data={"val": "the validation set", "test": "the test set"}.get(stage, stage),
+        held_out=stage != stage_name("val", run.options.calibration_loader),
+        cost=run.cost or cost_of(run),
+        resamples=resamples,
+    )
+
+
+def show_gain(run: Run) -> None:
+    """Print what the last validation gave, if there was one."""
+    if run.fitted is None or "val" not in run.results:
+        return
+    options, results = run.options, run.results["val"]
+    data = "the validation set"
+    if options.calibration_loader == 0:
+        data += " (which fitted the temperatures)"
+    data += f", {options.name}" if options.name else ""
+    balance = None if run.cost is None else run.cost.balance
+    shown = {form: results[form] for form in FORMS}
+    print_summary(shown, run.fitted.calibration, data=data, balance=balance)
+
+
+def described(run: Run) -> str:
+    """The models, temperatures and threshold of a run, as the callback's repr shows them."""
+    said = [f"sidekick={run.options.sidekick_name!r}"]
+    said += [f"name={run.options.name!r}"] if run.options.name else []
+    said += [] if type(run.base) is LightningModule else [f"base={type(run.base).__name__}"]
+    if run.fitted is None:
+        return ", ".join([*said, "not fitted"])
+    found = run.fitted.calibration
+    said.append("temperatures=({:.4g}, {:.4g})".format(*found.temperatures))
+    said += [f"threshold={found.threshold.value:.4g}"] if found.threshold else []
+    return ", ".join([*said, f"fitted_at_step={run.fitted.step}"])
