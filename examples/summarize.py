@@ -8,8 +8,8 @@ import json
 import statistics
 from pathlib import Path
 
-from lightning_duo.report.figures import NAMES
-from lightning_duo.report.terminal import COLUMNS, SUMMARY, heading
+from lightning_duo.evaluation import MEASURES
+from lightning_duo.evaluation.forms import LABELS
 
 
 def main() -> None:
@@ -22,13 +22,14 @@ def main() -> None:
         deviation = f" ± {statistics.stdev(scaled):.{decimals}f}" if len(scaled) > 1 else ""
         return f"{statistics.mean(scaled):.{decimals}f}{deviation}"
 
-    headings = [heading(metric) for metric in SUMMARY]
+    shown = {name: measure for name, measure in MEASURES.items() if measure.summary}
+    headings = [measure.heading for measure in shown.values()]
     print("| |", " | ".join(headings), "|")
     print("|---|" + "---|" * len(headings))
-    for form, name in NAMES.items():
+    for form, name in LABELS.items():
         cells = [
-            spread([run[form][m] for run in runs], COLUMNS[m].factor, COLUMNS[m].decimals)
-            for m in SUMMARY
+            spread([run[form][metric] for run in runs], measure.factor, measure.digits)
+            for metric, measure in shown.items()
         ]
         print(f"| {name} |", " | ".join(cells), "|")
     print()

@@ -1,4 +1,9 @@
-"""How sure the metrics are: bootstrap intervals, and paired differences between two models."""
+"""How sure the metrics are: bootstrap intervals, and paired differences between two models.
+
+`scipy.stats.bootstrap` is not used: it hands over the drawn samples, which the formulas of the
+table would have to sort anew, and takes 4.5 times as long for 1000 resamples of 5000 samples (1.2
+to 2.1 times with formulas of its own, vectorised over resamples and without ties).
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,13 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
-from lightning_duo.selective import ranking
-from lightning_duo.selective.functions import calibration_bins
+from lightning_duo.evaluation import MEASURES, Predictions
+from lightning_duo.evaluation.measures import Judged
 
-CHUNK_WEIGHTS = 1 << 22  # multiplicities held at a time
-BINS = 15
-BIASED = ("ece", "f1")
+CHUNK_WEIGHTS = 1 << 18  # multiplicities held at a time; more do not stay in the cache
 
 
 class Interval(NamedTuple):
@@ -42,7 +44,7 @@ class Bootstrap:
 
         Args:
             model: One of the models.
-            metric: A key of `evaluation.HIGHER_IS_BETTER`.
+            metric: A key of `evaluation.MEASURES`.
             level: Its coverage, in (0, 1).
 
         Returns:
@@ -50,7 +52,7 @@ class Bootstrap:
         """
         self._check(metric, model)
         values = self.estimates[model][metric], self.resampled[model][metric]
-        return _interval(*values, level, basic=metric in BIASED, floor=0.0)
+        return _interval(*values, level, basic=_is_biased(metric), floor=0.0)
 
     def difference(self, model: str, other: str, metric: str, *, level: float = 0.95) -> Interval:
         """Interval of ``model`` minus ``other``, paired: on the same resamples.
@@ -58,20 +60,20 @@ class Bootstrap:
         Args:
             model: One of the models.
             other: Another.
-            metric: A key of `evaluation.HIGHER_IS_BETTER`.
+            metric: A key of `evaluation.MEASURES`.
             level: Its coverage, in (0, 1).
         """
         self._check(metric, model, other)
         value = self.estimates[model][metric] - self.estimates[other][metric]
         apart = self.resampled[model][metric] - self.resampled[other][metric]
-        return _interval(value, apart, level, basic=metric in BIASED, floor=-1.0)
+        return _interval(value, apart, level, basic=_is_biased(metric), floor=-1.0)
 
     def _check(self, metric: str, *models: str) -> None:
         for model in models:
             if model not in self.estimates or metric not in self.estimates[model]:
                 raise ValueError(
                     f"there is no {metric!r} of {model!r}; models are {sorted(self.estimates)}, "
-                    f"metrics {sorted(self.estimates.get(model, HIGHER_IS_BETTER))}"
+                    f"metrics {sorted(self.estimates.get(model, MEASURES))}"
                 )
 
 
@@ -93,7 +95,7 @@ def bootstrap(
         resamples: Number R of resamples.
         seed: Of the draws.
         metrics: Name -> function of (score (N,), correct (N,)), to measure these instead of the
-            metrics of `evaluation.HIGHER_IS_BETTER`, such as
+            metrics of `evaluation.MEASURES`, such as
             ``{"sac95": lambda s, c: selective.coverage_at_accuracy(s, c, 0.95)}``. They are called
             on every resample, which sorts anew.
 
@@ -127,112 +129,56 @@ def bootstrap(
                 f"the targets of {name!r} are not those of {next(iter(models))!r}; a paired "
                 "bootstrap needs all models on the same samples in the same order"
             )
-    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models}
-    resamplers: dict[str, _Resampler | _Repeater] = {
-        name: _Repeater(predictions, metrics) if metrics else _Resampler(predictions)
-        for name, predictions in models.items()
-    }
-    for weights in _weights(len(targets), resamples, seed, targets.device):
-        for name, resampler in resamplers.items():
-            for metric, values in resampler.measure(weights).items():
-                parts[name].setdefault(metric, []).append(values)
+    if metrics is None:
+        formulas = {name: measure.of for name, measure in MEASURES.items()}
+    else:
+        formulas = {name: _on_repeats(metric) for name, metric in metrics.items()}
+    judged = {name: Judged.once(predictions) for name, predictions in models.items()}
+    parts: dict[str, dict[str, list[Tensor]]] = {m: {f: [] for f in formulas} for m in models}
+    for weights in draws(len(targets), resamples, seed=seed):
+        for model, found in judged.items():
+            drawn = found.counted(weights.to(targets.device))
+            for metric, formula in formulas.items():
+                parts[model][metric].append(formula(drawn))
     return Bootstrap(
-        {name: resampler.estimate() for name, resampler in resamplers.items()},
-        {
-            name: {metric: torch.cat(values).cpu() for metric, values in metrics.items()}
-            for name, metrics in parts.items()
-        },
+        {m: {f: of(found).item() for f, of in formulas.items()} for m, found in judged.items()},
+        {m: {f: torch.cat(x).cpu() for f, x in found.items()} for m, found in parts.items()},
     )
 
 
-def _weights(samples: int, resamples: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """How often each sample is drawn: (R', N) int32, a few resamples at a time."""
+def draws(samples: int, resamples: int, *, seed: int) -> Iterator[Tensor]:
+    """The draws of `bootstrap`, a few resamples at a time.
+
+    Args:
+        samples: Number N of samples.
+        resamples: Number of resamples.
+        seed: Of the draws.
+
+    Yields:
+        How often each sample is drawn, shape (R, N), int32.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, CHUNK_WEIGHTS // samples)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         drawn = torch.randint(samples, (count, samples), generator=generator)
         weights = torch.zeros(count, samples, dtype=torch.int32)
-        yield weights.scatter_add_(1, drawn, torch.ones_like(weights)).to(device)
+        yield weights.scatter_add_(1, drawn, torch.ones_like(weights))
 
 
-class _Resampler:
-    """Metrics of one model for any multiplicities of its samples."""
+def _on_repeats(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
+    """A function of (score, correct), of samples repeated as often as they count."""
 
-    def __init__(self, predictions: Predictions) -> None:
-        self.predictions = predictions
-        correct = predictions.correct
-        self.ranking = ranking.rank(predictions.score, correct)
-        self.wrong = ~correct
-        self.bin_of = calibration_bins(predictions.confidence, BINS)
-        columns = (correct, predictions.nll, predictions.brier)
-        self.columns = torch.stack([column.double() for column in columns], dim=1)
-        self.gaps = predictions.confidence.double() - correct.double()
+    def of(judged: Judged) -> Tensor:
+        score, correct = judged.predictions.score, judged.predictions.correct
+        drawn = [torch.repeat_interleave(row) for row in judged.weights]
+        return torch.stack([metric(score[rows], correct[rows]).double() for rows in drawn])
 
-    def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        """Every metric, (R',) each, for multiplicities (R', N)."""
-        counts = self.ranking.recount(weights, self.wrong)
-        total = counts.total
-        accuracy, nll, brier = ((weights.double() @ self.columns) / total[:, None]).unbind(1)
-        gaps = _sums(weights * self.gaps, self.bin_of, BINS)
-        risk = ranking.mean_risk(counts)
-        ninety_eight = ranking.fraction(0.98, "accuracy")
-        return {
-            "accuracy": accuracy,
-            "f1": self._f1(weights),
-            "nll": nll,
-            "brier": brier,
-            "ece": gaps.abs().sum(1) / total,
-            "auroc": ranking.right_above_wrong(counts),
-            "fpr95": ranking.wrong_share(counts, ranking.fraction(0.95, "tpr")),
-            "aurc": risk,
-            "e_aurc": risk - ranking.oracle_risk(counts),
-            "augrc": ranking.mean_undetected(counts),
-            "sac98": ranking.most_accepted(counts, ninety_eight) / total.double(),
-        }
-
-    def estimate(self) -> dict[str, float]:
-        """Every metric on the samples."""
-        return measure(self.predictions)
-
-    def _f1(self, weights: Tensor) -> Tensor:
-        """Mean F1 over the classes that occur as target or prediction."""
-        targets, prediction = self.predictions.targets, self.predictions.prediction
-        classes = self.predictions.num_classes
-        right = _sums(weights * ~self.wrong, targets, classes)
-        either = _sums(weights, targets, classes) + _sums(weights, prediction, classes)
-        f1 = 2 * right / either.clamp(min=1).double()
-        return f1.sum(1) / (either > 0).sum(1)
+    return of
 
 
-class _Repeater:
-    """Any functions of (score, correct), on samples repeated as often as they were drawn."""
-
-    def __init__(
-        self, predictions: Predictions, metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
-    ) -> None:
-        self.score, self.correct = predictions.score, predictions.correct
-        self.metrics = metrics
-
-    def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        drawn = [torch.repeat_interleave(row) for row in weights]
-        return {
-            name: torch.stack([self._value(metric, rows) for rows in drawn])
-            for name, metric in self.metrics.items()
-        }
-
-    def estimate(self) -> dict[str, float]:
-        rows = torch.arange(len(self.score), device=self.score.device)
-        return {name: float(self._value(metric, rows)) for name, metric in self.metrics.items()}
-
-    def _value(self, metric: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
-        return metric(self.score[rows], self.correct[rows]).double()
-
-
-def _sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums of (R', N) values over the samples of each group: (R', groups)."""
-    zeros = torch.zeros(len(values), groups, dtype=values.dtype, device=values.device)
-    return zeros.index_add_(1, group, values)
+def _is_biased(metric: str) -> bool:
+    return metric in MEASURES and MEASURES[metric].interval == "basic"
 
 
 def _interval(

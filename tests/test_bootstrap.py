@@ -1,7 +1,7 @@
 """Bootstrap replicates against measuring the drawn samples, and intervals against SciPy."""
 
 import sys
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_duo import selective
-from lightning_duo.bootstrap import Bootstrap, bootstrap
-from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions, measure
+from lightning_duo.bootstrap import Bootstrap, bootstrap, draws
+from lightning_duo.evaluation import MEASURES, Predictions, measure
 
 MODULE = sys.modules[bootstrap.__module__]
-# torchmetrics counts accuracy and F1 in float32; everything else is float64 from end to end.
-TOLERANCE = {"accuracy": 1e-6, "f1": 1e-6}
 
 
 def make_predictions(
@@ -38,27 +36,25 @@ def make_predictions(
 
 def resampled(predictions: Predictions, rows: Tensor) -> Predictions:
     """The drawn samples, written out."""
-    values = {f.name: getattr(predictions, f.name) for f in fields(Predictions)}
-    return Predictions(**{k: v if k == "num_classes" else v[rows] for k, v in values.items()})
+    columns = {k: v[rows] for k, v in vars(predictions).items() if torch.is_tensor(v)}
+    return replace(predictions, **columns)
 
 
 def check_replicates(found: Bootstrap, models: dict[str, Predictions], seed: int) -> None:
     """Every replicate of every metric is `measure` of the samples that were drawn."""
     samples = len(next(iter(models.values())).targets)
     replicates = len(found.resampled["a"]["nll"])
-    draws = [w for part in MODULE._weights(samples, replicates, seed, "cpu") for w in part]
-    assert len(draws) == replicates
+    drawn = [weights for part in draws(samples, replicates, seed=seed) for weights in part]
+    assert len(drawn) == replicates
     for name, predictions in models.items():
         assert found.estimates[name] == pytest.approx(measure(predictions), nan_ok=True)
-        assert set(found.resampled[name]) == set(HIGHER_IS_BETTER)
-        for index, weights in enumerate(draws):
+        assert set(found.resampled[name]) == set(MEASURES)
+        for index, weights in enumerate(drawn):
             assert int(weights.sum()) == samples
             rows = torch.arange(samples).repeat_interleave(weights)
             for metric, expected in measure(resampled(predictions, rows)).items():
                 value = found.resampled[name][metric][index].item()
-                close = pytest.approx(
-                    expected, rel=TOLERANCE.get(metric, 1e-10), abs=1e-12, nan_ok=True
-                )
+                close = pytest.approx(expected, rel=1e-10, abs=1e-12, nan_ok=True)
                 assert value == close, (name, metric, index)
 
 
@@ -96,12 +92,9 @@ def test_undefined_on_every_resample_is_nan() -> None:
 
 def test_float32_scores_to_float32_precision() -> None:
     exact = make_predictions(200)
-    single = Predictions(
-        exact.confidence.float(), exact.score.float(), *list(vars(exact).values())[2:]
-    )
+    single = replace(exact, confidence=exact.confidence.float(), score=exact.score.float())
     found = bootstrap({"a": single}, resamples=20)
-    draws = next(MODULE._weights(200, 20, 0, "cpu"))
-    for index, weights in enumerate(draws):
+    for index, weights in enumerate(next(draws(200, 20, seed=0))):
         rows = torch.arange(200).repeat_interleave(weights)
         expected = measure(resampled(single, rows))
         replicate = {k: float(v[index]) for k, v in found.resampled["a"].items()}
@@ -133,10 +126,9 @@ def test_interval_of_a_mean_is_scipys(metric: str, level: float) -> None:
 def test_paired_differences() -> None:
     model = make_predictions(200)
     noise = 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(5)).double()
-    like_it = Predictions(*vars(model).values())
-    object.__setattr__(like_it, "nll", model.nll + noise)
+    like_it = replace(model, nll=model.nll + noise)
     found = bootstrap({"a": model, "same": model, "like it": like_it}, resamples=500)
-    for metric in HIGHER_IS_BETTER:
+    for metric in MEASURES:
         assert found.difference("a", "same", metric) == (0, 0, 0)
     paired = found.difference("like it", "a", "nll")
     assert paired.value == pytest.approx(float(noise.mean()), rel=1e-9)

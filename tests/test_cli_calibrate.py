@@ -15,8 +15,7 @@ from test_cli import MODELS, lightning_duo
 from lightning_duo import fit_temperatures, select_threshold
 from lightning_duo.calibration import Calibration
 from lightning_duo.cli import main
-from lightning_duo.evaluation import evaluate, measure
-from lightning_duo.report.terminal import COLUMNS
+from lightning_duo.evaluation import MEASURES, evaluate, measure
 
 VAL, TEST = make_logits(500, 7, seed=3, margin=3.0), make_logits(400, 7, seed=4, margin=3.0)
 VAL_FILES = ("--base", "base.npy", "--sidekick", "val.npz:s", "--targets", "targets.csv")
@@ -48,7 +47,7 @@ def test_calibrate_then_report(tmp_path: Path) -> None:
     assert found.threshold == select_threshold(duo.confidence, duo.correct, 0.9, delta=0.1)
     printed = " ".join(done.stdout.split())
     for metric in ("nll", "aurc"):
-        assert COLUMNS[metric].text(measure(duo)[metric]) in printed
+        assert MEASURES[metric].text(measure(duo)[metric]) in printed
     assert f"{100 * found.threshold.coverage:.1f} % of the 500 calibration samples" in printed
     assert "sidekick FLOPs / base FLOPs" in printed
     assert "wrote temperatures.json" in printed

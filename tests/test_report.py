@@ -16,9 +16,16 @@ from PIL import Image
 from lightning_duo import select_threshold
 from lightning_duo.calibration import calibrate
 from lightning_duo.cost import Cost
-from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.evaluation import (
+    MEASURES,
+    Form,
+    Predictions,
+    duo_forms,
+    evaluate,
+    mean_probability,
+    measure,
+)
 from lightning_duo.report import write_report
-from lightning_duo.report.terminal import COLUMNS
 from lightning_duo.selective.threshold import as_text
 
 LOGITS = make_logits(2000, 5, seed=1, margin=3.0)
@@ -86,9 +93,9 @@ def test_the_page_is_whole_and_asks_for_nothing_outside(report: Path) -> None:
 
 def test_the_numbers_are_those_of_the_metrics(report: Path) -> None:
     text = " ".join(Reader(report.read_text(encoding="utf-8")).text.split())
-    for form in ("base", "base_scaled", "sidekick", "unweighted", "uq_only", "duo"):
+    for form in duo_forms(CALIBRATION.fit):
         for metric, value in measure(PREDICTIONS[form]).items():
-            assert COLUMNS[metric].text(value) in text, (form, metric)
+            assert MEASURES[metric].text(value) in text, (form, metric)
     assert f"duo logits = {CALIBRATION.temperatures.base:.4g} " in text
     assert "FLOPs balance: the sidekick adds 12.5 % to the base's operations" in text
     assert "12.5 % to its parameters" in text
@@ -125,6 +132,67 @@ def test_degenerate_models_get_a_report_too(margin: float, classes: int, tmp_pat
     assert "Not known: logits do not tell" in text
     assert "also fitted" not in text
     assert "nan" not in text.lower().replace("nanosecond", "")
+
+
+def rows_of(page: str, start: str) -> dict[str, list[str]]:
+    """Cells of the table rows of the first table behind some text: first cell -> the others."""
+    table = page[page.index(start) :].split("</table>")[0].replace("\u00a0", " ")
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    return {first: others for first, *others in rows}
+
+
+def written(path: Path, predictions: dict[str, Predictions], **options: object) -> str:
+    options = {"data": "d", "held_out": True, "resamples": 20, **options}
+    return write_report(path, predictions, CALIBRATION, **options).read_text(encoding="utf-8")
+
+
+def test_a_form_without_temperatures_stands_beside_the_duo(tmp_path: Path) -> None:
+    forms = {"mean": Form("mean <of> two", {"base": 1, "sidekick": 0.5}, mean_probability)}
+    certain = torch.eye(5)[LOGITS[0].argmax(1)]  # its NLL is infinite
+    others = {
+        "theirs": Predictions.of(certain, LOGITS[2], label="theirs"),
+        "third": Predictions.of(LOGITS[1].softmax(1), LOGITS[2], forwards={"base": 1, "third": 2}),
+    }
+    found = evaluate(*LOGITS, CALIBRATION.fit, forms=forms) | others
+    page = written(tmp_path / "report.html", found, cost=COST)
+    reader = Reader(page)
+    assert not reader.open
+    assert len(reader.ids) == len(set(reader.ids))
+    text = " ".join(reader.text.split())
+    for metric, value in measure(found["mean"]).items():
+        assert MEASURES[metric].text(value) in text, metric
+    assert "mean <of> two (AURC" in text
+    assert "mean <of> two (ECE" in text
+    assert "mean <of> two: right" in text
+    assert rows_of(page, "forwards for a sample") == {
+        "duo": ["base + sidekick", "2.25 G"],
+        "scaled base": ["base", "2 G"],
+        "base": ["base", "2 G"],
+        "sidekick": ["sidekick", "250 M"],
+        "scaled sidekick": ["sidekick", "250 M"],
+        "unweighted": ["base + sidekick", "2.25 G"],
+        "UQ only": ["base + sidekick", "2.25 G"],
+        "mean &lt;of&gt; two": ["base + 0.5 \u00d7 sidekick", "2.12 G"],
+        "theirs": ["not known", "not known"],
+        "third": ["base + 2 \u00d7 third", "not known"],
+    }
+    heads = re.findall(r"var\(--(further\d)\)", page)
+    assert set(heads) == {"further1", "further2", "further3"}
+    assert all(page.count(f"--{role}: #") == 3 for role in heads)  # light, dark, print
+
+
+def test_a_report_needs_the_duo_and_one_reference_only(tmp_path: Path) -> None:
+    some = {name: PREDICTIONS[name] for name in ("base", "duo")}
+    page = written(tmp_path / "report.html", some)
+    reader = Reader(page)
+    assert not reader.open
+    assert all(link[1:] in reader.ids for link in reader.links if link.startswith("#"))
+    assert "duo minus<br>base<" in page
+    assert "scaled base" not in page.split("<footer")[0].split('id="temperatures"')[0]
+    for missing in ("duo", "base"):
+        with pytest.raises(ValueError, match=r"'duo' with those of 'base_scaled' or 'base'"):
+            written(tmp_path / "r.html", {k: v for k, v in some.items() if k != missing})
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_report_is_named_html(tmp_path: Path) -> None:

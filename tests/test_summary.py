@@ -1,21 +1,13 @@
 """The table for the terminal."""
 
-import math
-
 import torch
 from helpers import make_logits
 from rich.console import Console
 
 from lightning_duo.calibration import calibrate
-from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.evaluation import Form, evaluate, mean_probability, measure
 from lightning_duo.report import summary_table
-from lightning_duo.report.terminal import (
-    COLUMNS,
-    SUMMARY,
-    best_of,
-    gain_sentence,
-    threshold_sentence,
-)
+from lightning_duo.report.terminal import gain_sentence, threshold_sentence
 from lightning_duo.selective.threshold import as_text
 
 LOGITS = make_logits(200, 5, seed=0)
@@ -53,12 +45,23 @@ def test_the_sentence_on_the_gain() -> None:
     assert "nothing left to gain" in gain_sentence(perfect, found.fit, None)
 
 
-def test_undefined_metrics_are_not_best() -> None:
-    results = {"base": {"auroc": math.nan}, "duo": {"auroc": 0.7}}
-    assert best_of("auroc", results) == {"duo"}
-    assert best_of("auroc", {"base": {"auroc": math.nan}}) == set()
-    assert COLUMNS["auroc"].text(math.nan) == "n/a"
-    assert set(SUMMARY) < set(COLUMNS)
+def test_further_forms_follow_the_seven() -> None:
+    found = calibrate(*LOGITS)
+    form = Form("two", {"base": 1, "sidekick": 1}, mean_probability)
+    results = {
+        name: measure(p)
+        for name, p in evaluate(*LOGITS, found.fit, forms={"mean [of two]": form}).items()
+    }
+    names = ["mean [of two]", *(name for name in results if name != "mean [of two]")]
+    console = Console(width=90, record=True)
+    shuffled = {name: results[name] for name in names}
+    console.print(summary_table(shuffled, found.fit, data="some data", balance=None))
+    rows = [line.strip() for line in console.export_text().splitlines()]
+    starts = ["base", "scaled base", "sidekick", "scaled sidekick", "unweighted", "UQ only", "duo"]
+    first = next(i for i, row in enumerate(rows) if row.startswith("base"))
+    for row, start in zip(rows[first:], [*starts, "mean [of two]"], strict=False):
+        assert row.startswith(f"{start} ")
+    assert f"{results['mean [of two]']['nll']:.3f}" in rows[first + 7]
 
 
 def test_the_sentence_on_the_threshold() -> None:

@@ -1,272 +1,226 @@
-"""Base, sidekick and duo measured on the same samples, in every form the paper compares."""
+"""Forms: ways to predict with one model or several, those of the paper and any other."""
 
-import warnings
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
-from torchmetrics.utilities import dim_zero_cat
-from typing_extensions import override
+from torch.nn.functional import cross_entropy
 
-from lightning_duo import selective
-from lightning_duo.selective import Threshold
-from lightning_duo.temperature import UNWEIGHTED, TemperatureFit, Temperatures
-from lightning_duo.temperature.samples import check_samples
+from lightning_duo.evaluation.predictions import Predictions
+from lightning_duo.selective import brier_scores
+from lightning_duo.temperature import UNWEIGHTED, TemperatureFit
 from lightning_duo_kernels import duo_head
-
-Score: TypeAlias = Literal["confidence", "entropy"]
-
-# What is measured, and whether higher is better.
-HIGHER_IS_BETTER = {
-    "accuracy": True,
-    "f1": True,
-    "nll": False,
-    "brier": False,
-    "ece": False,
-    "auroc": True,
-    "fpr95": False,
-    "aurc": False,
-    "e_aurc": False,
-    "augrc": False,
-    "sac98": True,
-}
-
+from lightning_duo_kernels.head import HeadOutput
 
 CHUNK_LOGITS = 1 << 22  # whose probabilities are held at a time
 
+# What ranks the samples, higher is surer, shape (N,): of the logits (N, K) and what the head says.
+SCORES: dict[str, Callable[[Tensor, HeadOutput], Tensor]] = {
+    "confidence": lambda logits, head: head.confidence,
+    "entropy": lambda logits, head: -head.entropy,
+}
 
-@dataclass(frozen=True)
-class Predictions:
-    """What one model says of N samples, without the (N, K) probabilities."""
-
-    confidence: Tensor
-    """Probability of the prediction, shape (N,)."""
-    score: Tensor
-    """What ranks the samples, higher is surer, shape (N,): the confidence, or minus entropy."""
-    prediction: Tensor
-    """Predicted class, shape (N,), int64."""
-    targets: Tensor
-    """True class, shape (N,), int64."""
-    nll: Tensor
-    """Negative log-likelihood of the target in nats, shape (N,), float64."""
-    brier: Tensor
-    """Squared error of the probabilities, summed over classes, shape (N,)."""
-    num_classes: int
-    """K."""
-
-    @property
-    def correct(self) -> Tensor:
-        """Whether each prediction is right, shape (N,), bool."""
-        return self.prediction == self.targets
-
-    def cpu(self) -> "Predictions":
-        """The same on the CPU."""
-        return replace(self, **{k: v.cpu() for k, v in vars(self).items() if k != "num_classes"})
+# The forms that every duo has, in the order of tables.
+LABELS = {
+    "base": "base",
+    "base_scaled": "scaled base",
+    "sidekick": "sidekick",
+    "sidekick_scaled": "scaled sidekick",
+    "unweighted": "unweighted",
+    "uq_only": "UQ only",
+    "duo": "duo",
+}
 
 
-def measure(predictions: Predictions) -> dict[str, float]:
-    """Every metric of `HIGHER_IS_BETTER`, as fractions (NLL in nats).
+class Weighted(NamedTuple):
+    """The sum of the members' logits, each times its temperature.
 
-    ``auroc`` and ``fpr95`` are NaN where all predictions are right, or all wrong.
+    `judge` computes it in one pass of `duo_head` where there are one or two members.
     """
-    if not len(predictions.targets):
-        raise ValueError("there are no samples to measure")
-    confidence, score = predictions.confidence, predictions.score
-    prediction, targets = predictions.prediction, predictions.targets
-    correct, classes = predictions.correct, predictions.num_classes
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is undefined")
-        values = {
-            "accuracy": multiclass_accuracy(prediction, targets, classes, average="micro"),
-            "f1": multiclass_f1_score(prediction, targets, classes, average="macro"),
-            "nll": predictions.nll.mean(),
-            "brier": predictions.brier.double().mean(),
-            "ece": selective.expected_calibration_error(confidence, correct),
-            "auroc": selective.correctness_auroc(score, correct),
-            "fpr95": selective.fpr_at_tpr(score, correct, 0.95),
-            "aurc": selective.aurc(score, correct),
-            "e_aurc": selective.e_aurc(score, correct),
-            "augrc": selective.augrc(score, correct),
-            "sac98": selective.coverage_at_accuracy(score, correct, 0.98),
-        }
-    return {name: float(value) for name, value in values.items()}
+
+    temperatures: tuple[float, ...]
+    """One for each member, in their order; they multiply."""
+
+    def __call__(self, *logits: Tensor) -> Tensor:
+        """The sum in float64, shape (N, K); a class that any member masks with -inf is masked."""
+        pairs = zip(self.temperatures, logits, strict=True)
+        total = reduce(add, (t * member.double() for t, member in pairs))
+        masked = reduce(torch.minimum, logits) == -torch.inf
+        return total.masked_fill(masked, -torch.inf)
 
 
-def measure_accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:
-    """``coverage`` and ``selective_accuracy`` (NaN if nothing is accepted) at a threshold."""
-    accepted = duo.confidence >= threshold.value
-    return {
-        "coverage": float(accepted.double().mean()),
-        "selective_accuracy": float(duo.correct[accepted].double().mean()),
-    }
-
-
-class DuoMetrics(Metric):
-    """Base, sidekick and duo in every form, measured on the same samples.
-
-    All seven are one weighted sum of logits with different temperatures: ``base`` (1, 0),
-    ``base_scaled`` (t, 0), ``sidekick`` (0, 1), ``sidekick_scaled`` (0, t), ``unweighted``
-    (0.5, 0.5), ``duo`` (fitted) and ``uq_only`` (fitted, but predicting with the base alone).
-
-    Each has accuracy, f1 (macro), nll (nats), brier (summed over classes), ece (15 bins), auroc (of
-    correctness), fpr95, aurc, e_aurc, augrc and sac98. For ``uq_only`` nll and brier are those of
-    ``duo``: both judge the probabilities, which the two share.
+def mean_probability(*logits: Tensor) -> Tensor:
+    """The mean of the members' probabilities, as a deep ensemble of any size predicts.
 
     Args:
-        num_classes: K.
-        fit: The fitted temperatures.
-        score: What ranks the samples: the confidence, or the (negated) entropy of the
-            probabilities. ECE is of the confidence in any case.
+        logits: Logits of each member, shape (N, K).
 
-    Raises:
-        ValueError: If the score is unknown.
+    Returns:
+        Log-probabilities, shape (N, K).
+
+    Example:
+        >>> import torch
+        >>> mean_probability(torch.tensor([[0.0, 0.0]]), torch.tensor([[-torch.inf, 0.0]])).exp()
+        tensor([[0.2500, 0.7500]])
+
+    Source: Lakshminarayanan, Pritzel and Blundell (2017).
+    """
+    return torch.stack([x.log_softmax(1) for x in logits]).logsumexp(0) - math.log(len(logits))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to predict with one model or several: its members, and how their logits are mixed.
+
+    Example:
+        >>> Form("3 bases", {"base": 1, "second": 1, "third": 1}, mean_probability).label
+        '3 bases'
+
+    Source: Asymmetric Duos, Sec. 5 (what a duo is compared with).
+    """
+
+    label: str
+    """What tables and figures call it."""
+    forwards: Mapping[str, float]
+    """Member -> how often it runs for a sample: the form's cost, in forwards of each member."""
+    mix: Weighted | Callable[..., Tensor]
+    """Members' logits (N, K), in the order of ``forwards``, to logits or log-probabilities (N, K):
+    a `Weighted` sum, `mean_probability`, or any function."""
+    predicts: str | None = None
+    """A member that predicts instead; the mix then only says how sure that prediction is."""
+
+
+def duo_forms(fit: TemperatureFit) -> dict[str, Form]:
+    """The seven forms of a duo: name -> form, all of them weighted sums of logits.
+
+    ``base``, ``sidekick`` as they are; ``base_scaled``, ``sidekick_scaled`` with the temperature
+    that is best for this model alone; ``unweighted`` with temperatures (0.5, 0.5); ``duo`` with the
+    fitted ones; ``uq_only`` with these too, but predicting with the base alone.
+
+    Args:
+        fit: The fitted temperatures.
 
     Example:
         >>> import torch
         >>> from lightning_duo import fit_temperatures
-        >>> base, sidekick = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.zeros(2, 2)
-        >>> targets = torch.tensor([0, 1])
-        >>> metrics = DuoMetrics(2, fit_temperatures(base, sidekick, targets))
-        >>> metrics.update(base, sidekick, targets)
-        >>> metrics.compute()["duo"]["accuracy"]
-        0.5
+        >>> fit = fit_temperatures(torch.eye(3), torch.zeros(3, 3), torch.tensor([0, 1, 1]))
+        >>> duo_forms(fit)["uq_only"].predicts
+        'base'
 
-    Source: Asymmetric Duos, Sec. 3.1 (ablations), Sec. 5 (metrics) and App. C (entropy).
+    Source: Asymmetric Duos, Sec. 3.1 (ablations).
     """
-
-    full_state_update = False
-    score: list[Tensor]
-    confidence: list[Tensor]
-    prediction: list[Tensor]
-    nll: list[Tensor]
-    brier: list[Tensor]
-    targets: list[Tensor]
-
-    def __init__(
-        self,
-        num_classes: int,
-        fit: TemperatureFit,
-        *,
-        score: Score = "confidence",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        if score not in get_args(Score):
-            raise ValueError(f"score must be one of {get_args(Score)}, got {score!r}")
-        self.num_classes, self.ranked_by = num_classes, score
-        self.forms = {
-            "base": Temperatures(1.0, 0.0),
-            "base_scaled": fit.scaled_base,
-            "sidekick": Temperatures(0.0, 1.0),
-            "sidekick_scaled": fit.scaled_sidekick,
-            "unweighted": UNWEIGHTED,
-            "duo": fit.temperatures,
-            "uq_only": fit.temperatures,
-        }
-        for name in ("score", "confidence", "prediction", "nll", "brier"):  # each (N, forms)
-            self.add_state(name, [], dist_reduce_fx="cat")
-        self.add_state("targets", [], dist_reduce_fx="cat")
-        self.reset()
-
-    @override
-    def reset(self) -> None:
-        """Forget all samples."""
-        super().reset()
-        # A process that gets no sample must still have something to exchange with the others.
-        none = torch.zeros(0, len(self.forms), device=self.device)
-        self._append(none, none, none.int(), none.double(), none)
-        self.targets.append(torch.zeros(0, device=self.device).long())
-
-    @override
-    def update(self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits of both models (B, K) and true classes (B,)."""
-        rows = max(1, CHUNK_LOGITS // base_logits.shape[1])
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            base, sidekick = _single(base_logits[part]), _single(sidekick_logits[part])
-            self._add(base, sidekick, targets[part].long())
-
-    def _add(self, base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
-        parts = []
-        for form, temperatures in self.forms.items():
-            weights = torch.tensor(temperatures, dtype=torch.float32, device=base.device)
-            head = duo_head(base, sidekick, weights, uq_only=form == "uq_only")
-            assert head.probs is not None
-            score = head.confidence if self.ranked_by == "confidence" else -head.entropy
-            nll = _nll(base, sidekick, temperatures, targets)
-            brier = selective.brier_scores(head.probs, targets).float()
-            parts.append((score, head.confidence, head.prediction.int(), nll, brier))
-        self._append(*(torch.stack(columns, dim=1) for columns in zip(*parts, strict=True)))
-        self.targets.append(targets)
-
-    def _append(
-        self, score: Tensor, confidence: Tensor, prediction: Tensor, nll: Tensor, brier: Tensor
-    ) -> None:
-        """Keep 24 bytes a sample and form."""
-        self.score.append(score)
-        self.confidence.append(confidence)
-        self.prediction.append(prediction)
-        self.nll.append(nll)
-        self.brier.append(brier)
-
-    @override
-    def compute(self) -> dict[str, dict[str, float]]:
-        """Value of every metric of every form, e.g. ``compute()["duo"]["aurc"]``."""
-        return {form: measure(predictions) for form, predictions in self._by_form().items()}
-
-    def predictions(self) -> dict[str, Predictions]:
-        """What each form says of the samples of all processes, in the order of the processes."""
-        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return {form: found.cpu() for form, found in self._by_form().items()}
-
-    def _by_form(self) -> dict[str, Predictions]:
-        score, confidence, nll = map(dim_zero_cat, (self.score, self.confidence, self.nll))
-        prediction, brier = dim_zero_cat(self.prediction).long(), dim_zero_cat(self.brier)
-        targets = dim_zero_cat(self.targets)
-        return {
-            form: Predictions(
-                confidence=confidence[:, i],
-                score=score[:, i],
-                prediction=prediction[:, i],
-                targets=targets,
-                nll=nll[:, i],
-                brier=brier[:, i],
-                num_classes=self.num_classes,
-            )
-            for i, form in enumerate(self.forms)
-        }
+    base, sidekick = {"base": 1.0}, {"sidekick": 1.0}
+    both = base | sidekick
+    weights: dict[str, tuple[dict[str, float], tuple[float, ...]]] = {
+        "base": (base, (1.0,)),
+        "base_scaled": (base, (fit.scaled_base.base,)),
+        "sidekick": (sidekick, (1.0,)),
+        "sidekick_scaled": (sidekick, (fit.scaled_sidekick.sidekick,)),
+        "unweighted": (both, UNWEIGHTED),
+        "uq_only": (both, fit.temperatures),
+        "duo": (both, fit.temperatures),
+    }
+    return {
+        name: Form(
+            LABELS[name], members, Weighted(each), predicts="base" if name == "uq_only" else None
+        )
+        for name, (members, each) in weights.items()
+    }
 
 
-def evaluate(
-    base_logits: Tensor,
-    sidekick_logits: Tensor,
-    targets: Tensor,
-    fit: TemperatureFit,
-    *,
-    score: Score = "confidence",
-) -> dict[str, Predictions]:
-    """What base, sidekick and duo, in every form of `DuoMetrics`, say of these samples.
+def judge(
+    form: Form, members: Mapping[str, Tensor], targets: Tensor, *, score: str = "confidence"
+) -> Predictions:
+    """What a form says of some samples.
 
     Args:
-        base_logits: Logits of the base, shape (N, K).
-        sidekick_logits: Logits of the sidekick, shape (N, K).
+        form: The form.
+        members: Model -> its logits, shape (N, K), any floating dtype; with those that the form
+            names.
         targets: True classes, shape (N,).
-        fit: The temperatures.
-        score: What ranks the samples; see `DuoMetrics`.
+        score: What ranks the samples: a key of `SCORES`.
 
     Returns:
-        Form -> predictions, for `measure`, `bootstrap` and `report.write_report`.
+        Predictions on the device of the logits, in float32, with NLL in float64.
 
     Raises:
-        ValueError: If samples do not fit, as in `fit_temperatures`.
+        ValueError: If a member is missing, shapes do not fit, the score is unknown, or a row has no
+            softmax.
+
+    Example:
+        >>> import torch
+        >>> logits = {"base": torch.tensor([[2.0, 0.0]]), "second": torch.tensor([[0.0, 2.0]])}
+        >>> both = Form("2 bases", {"base": 1, "second": 1}, mean_probability)
+        >>> judge(both, logits, torch.tensor([1])).confidence
+        tensor([0.5000])
     """
-    check_samples(base_logits, sidekick_logits, targets)
-    metrics = DuoMetrics(base_logits.shape[1], fit, score=score).to(base_logits.device)
-    metrics.update(base_logits, sidekick_logits, targets.long())
-    return metrics.predictions()
+    check_score(score)
+    names = {*form.forwards, *([form.predicts] if form.predicts else [])}
+    if missing := sorted(names - set(members)):
+        raise ValueError(
+            f"the form {form.label!r} needs logits of {missing}; there are those of "
+            f"{sorted(members)}"
+        )
+    shapes = {tuple(members[name].shape) for name in names}
+    shape = shapes.pop()
+    if shapes or len(shape) != 2 or targets.shape != shape[:1]:
+        raise ValueError(
+            f"the form {form.label!r} needs logits of one shape (N, K) and targets (N,), got "
+            f"{sorted({shape, *shapes})} and {tuple(targets.shape)}"
+        )
+    size = max(1, CHUNK_LOGITS // max(1, shape[1]))
+    parts = {name: torch.split(members[name], size) for name in names}
+    said = [
+        _said(form, {name: _single(part[i]) for name, part in parts.items()}, some, score)
+        for i, some in enumerate(torch.split(targets.long(), size))
+    ]
+    confidence, ranked, prediction, nll, brier = map(torch.cat, zip(*said, strict=True))
+    columns = (confidence, ranked, prediction, targets.long(), nll, brier)
+    return Predictions(*columns, shape[1], form.label, form.forwards)
+
+
+def check_score(score: str) -> None:
+    """Raise ValueError if no score has this name."""
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {tuple(SCORES)}, got {score!r}")
+
+
+def _said(
+    form: Form, members: Mapping[str, Tensor], targets: Tensor, score: str
+) -> tuple[Tensor, ...]:
+    """Confidence, score, prediction, nll and brier of a few rows."""
+    rows = [members[name] for name in form.forwards]
+    logits = form.mix(*rows)
+    if logits.shape != rows[0].shape:
+        raise ValueError(
+            f"the form {form.label!r} mixes logits {tuple(rows[0].shape)} to "
+            f"{tuple(logits.shape)}; its mix must return one value for each row and class"
+        )
+    mix, first = form.mix, next(iter(form.forwards))
+    if isinstance(mix, Weighted) and len(rows) <= 2 and form.predicts in (None, first):
+        pair, weights = (rows[0], rows[-1]), (*mix.temperatures, 0.0)[:2]
+    else:
+        mixed = _single(logits)
+        pair = (mixed if form.predicts is None else members[form.predicts], mixed)
+        weights = (0.0, 1.0)
+    temperatures = torch.tensor(weights, dtype=torch.float32, device=logits.device)
+    head = duo_head(*pair, temperatures, uq_only=form.predicts is not None)
+    assert head.probs is not None
+    if nan := int(head.confidence.isnan().sum()):
+        raise ValueError(f"{nan} of {len(targets)} rows of the form {form.label!r} hold NaN or inf")
+    return (
+        head.confidence,
+        SCORES[score](logits, head).float(),
+        head.prediction,
+        # In float64, so that it orders two models as the fit does.
+        cross_entropy(logits.double(), targets, reduction="none"),
+        brier_scores(head.probs, targets).float(),
+    )
 
 
 def _single(logits: Tensor) -> Tensor:
@@ -274,11 +228,3 @@ def _single(logits: Tensor) -> Tensor:
     if logits.dtype == torch.float64 and logits.numel():
         logits = logits - logits.amax(dim=1, keepdim=True)
     return logits.float()
-
-
-def _nll(base: Tensor, sidekick: Tensor, temperatures: Temperatures, targets: Tensor) -> Tensor:
-    """NLL of each sample in float64, so that it orders two models as the fit does."""
-    masked = (base == -torch.inf) | (sidekick == -torch.inf)
-    logits = temperatures.base * base.double() + temperatures.sidekick * sidekick.double()
-    logits = logits.masked_fill(masked, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")

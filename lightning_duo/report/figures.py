@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_duo.evaluation import Predictions
+from lightning_duo.evaluation.forms import LABELS
+from lightning_duo.evaluation.measures import BINS
 from lightning_duo.selective import aurc, expected_calibration_error, risk_coverage_curve
 from lightning_duo.selective.functions import calibration_bins
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # One colour a role, each used for nothing else, so that the report can exchange them in the dark.
+# Those of models differ for every kind of colour blindness too.
 COLORS = {
     "ink": "#24292e",
     "faint": "#d1d5da",
@@ -26,31 +29,72 @@ COLORS = {
     "duo": "#0b62c4",
     "right": "#1a7f4b",
     "wrong": "#c2263b",
+    "further1": "#702592",
+    "further2": "#108563",
+    "further3": "#685218",
 }
-NAMES = {
-    "base": "base",
-    "base_scaled": "scaled base",
-    "sidekick": "sidekick",
-    "sidekick_scaled": "scaled sidekick",
-    "unweighted": "unweighted",
-    "uq_only": "UQ only",
-    "duo": "duo",
+DARK = {
+    "ink": "#e3e8ee",
+    "faint": "#38424d",
+    "base": "#a9b4c0",
+    "sidekick": "#f0a04b",
+    "duo": "#66b2ff",
+    "right": "#4fc586",
+    "wrong": "#ff7b86",
+    "further1": "#c350b7",
+    "further2": "#7df7c0",
+    "further3": "#eed831",
 }
-SHOWN = ("base", "sidekick", "duo")
 STYLES = {"base": "--", "sidekick": ":", "duo": "-"}
+FURTHER_STYLES = ("-.", (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SIZE = (4.8, 3.4)  # inches; text is of 8.5 points
+COLUMNS = 2  # of panels
 POINTS = 400  # of a curve; more cannot be seen
-BINS = 15
 CHOSEN = "chosen-coverage"  # id of the line at the coverage that the report's reader chooses
+
+
+class Look(NamedTuple):
+    """How a model is drawn."""
+
+    label: str
+    color: str
+    style: Any
+    """Of its line, as matplotlib has it."""
+
+
+def looks(models: Mapping[str, Predictions]) -> dict[str, Look]:
+    """The models that figures show: base, sidekick, duo and those that no duo has, each its look.
+
+    Args:
+        models: Form -> predictions.
+
+    Returns:
+        Form -> look, in the order of drawing. The first nine further forms differ in colour or
+        style, the first three in both.
+    """
+    further = [name for name in models if name not in LABELS]
+    drawn: dict[str, tuple[str, Any]]
+    drawn = {name: (name, style) for name, style in STYLES.items() if name in models}
+    for i, name in enumerate(further):
+        drawn[name] = f"further{i % 3 + 1}", FURTHER_STYLES[(i + i // 3) % 3]
+    return {
+        name: Look(label(models, name).replace("$", r"\$"), COLORS[role], style)
+        for name, (role, style) in drawn.items()
+    }
+
+
+def label(models: Mapping[str, Predictions], name: str) -> str:
+    """What to call a model: its label, or else its key."""
+    return models[name].label or name
 
 
 def risk_coverage_figure(
     models: Mapping[str, Predictions], *, title: str | None = None
 ) -> "Figure":
-    """Risk against coverage of base, sidekick and duo.
+    """Risk against coverage of base, sidekick, duo and further forms.
 
     Args:
-        models: Form -> predictions, of which "base", "sidekick" and "duo" are drawn.
+        models: Form -> predictions, of which those of `looks` are drawn.
         title: What the figure shows.
 
     Returns:
@@ -64,15 +108,15 @@ def risk_coverage_figure(
 
     def draw(axes: "Axes") -> None:
         top = 0.0
-        for name in (name for name in SHOWN if name in models):
+        for name, look in looks(models).items():
             score, correct = models[name].score, models[name].correct
             curve = risk_coverage_curve(score.double(), correct)
             kept = torch.linspace(0, len(score) - 1, min(POINTS, len(score))).round().long()
             coverage, risk = 100 * curve.coverage[kept], 100 * curve.risk[kept]
             # The rate among the first few samples leaps and would set the scale.
             top = max(top, float(risk[coverage >= 5].max()))
-            label = f"{NAMES[name]} (AURC {100 * float(aurc(score, correct)):.2f} %)"
-            axes.plot(coverage, risk, STYLES[name], color=COLORS[name], linewidth=1.8, label=label)
+            label = f"{look.label} (AURC {100 * float(aurc(score, correct)):.2f} %)"
+            axes.plot(coverage, risk, ls=look.style, color=look.color, linewidth=1.8, label=label)
         axes.axvline(100, color=COLORS["ink"], linewidth=1, gid=CHOSEN, visible=title is None)
         axes.set(
             xlabel="coverage: % of samples answered, surest first",
@@ -86,12 +130,12 @@ def risk_coverage_figure(
 
 
 def reliability_figure(models: Mapping[str, Predictions], *, title: str | None = None) -> "Figure":
-    """Accuracy against confidence in 15 bins of base, sidekick and duo; the diagonal is honest.
+    """Accuracy against confidence in 15 bins, of the same models; the diagonal is honest.
 
     The area of a point grows with the number of samples in its bin.
 
     Args:
-        models: Form -> predictions, of which "base", "sidekick" and "duo" are drawn.
+        models: Form -> predictions, of which those of `looks` are drawn.
         title: What the figure shows.
 
     Returns:
@@ -105,21 +149,21 @@ def reliability_figure(models: Mapping[str, Predictions], *, title: str | None =
 
     def draw(axes: "Axes") -> None:
         axes.plot([0, 100], [0, 100], color=COLORS["faint"], linewidth=1.2)
-        for name in (name for name in SHOWN if name in models):
+        for name, look in looks(models).items():
             confidence, correct = models[name].confidence, models[name].correct
             count, mean, accuracy = reliability(confidence, correct)
             filled = count > 0
             error = 100 * float(expected_calibration_error(confidence, correct))
             x, y = 100 * mean[filled], 100 * accuracy[filled]
-            axes.plot(x, y, STYLES[name], color=COLORS[name], linewidth=1.2)
+            axes.plot(x, y, linestyle=look.style, color=look.color, linewidth=1.2)
             axes.scatter(
                 x,
                 y,
                 8 + 150 * count[filled] / count.sum(),
-                color=COLORS[name],
+                color=look.color,
                 alpha=0.8,
                 linewidths=0,
-                label=f"{NAMES[name]} (ECE {error:.1f} %)",
+                label=f"{look.label} (ECE {error:.1f} %)",
             )
         axes.set(
             xlabel="confidence, %",
@@ -136,10 +180,10 @@ def reliability_figure(models: Mapping[str, Predictions], *, title: str | None =
 
 
 def confidence_figure(models: Mapping[str, Predictions], *, title: str | None = None) -> "Figure":
-    """Histograms of the confidence of right and of wrong predictions, of base and duo.
+    """Histograms of the confidence of right and of wrong predictions.
 
     Args:
-        models: Form -> predictions, of which "base" and "duo" are drawn.
+        models: Form -> predictions, of which those of `looks` are drawn, but no sidekick.
         title: What the figure shows.
 
     Returns:
@@ -148,10 +192,10 @@ def confidence_figure(models: Mapping[str, Predictions], *, title: str | None = 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    shown = [name for name in ("base", "duo") if name in models]
+    shown = {name: look for name, look in looks(models).items() if name != "sidekick"}
 
     def draw(*panels: "Axes") -> None:
-        for name, axes in zip(shown, panels, strict=True):
+        for (name, look), axes in zip(shown.items(), panels, strict=True):
             correct = models[name].correct
             for kind, which in (("right", correct), ("wrong", ~correct)):
                 scores = 100 * models[name].confidence[which].double()
@@ -165,15 +209,17 @@ def confidence_figure(models: Mapping[str, Predictions], *, title: str | None = 
                     linewidth=1.6,
                     label=f"{kind} ({len(scores)})",
                 )
-            axes.set(xlabel=f"confidence of the {NAMES[name]}, %", xlim=(0, 100))
+            of = f" of the {look.label}, %" if name in LABELS else f", %\n{look.label}"
+            axes.set(xlabel=f"confidence{of}", xlim=(0, 100))
             # Most of the confidences are near 1; on a linear scale the others would not be seen.
             axes.set(yscale="log", ylim=(0.1, 300), yticks=[0.1, 1, 10, 100])
             axes.set_yticklabels(["0.1", "1", "10", "100"])
             axes.minorticks_off()
             axes.legend(frameon=False, loc="upper left")
-        panels[0].set_ylabel("% of the right, % of the wrong")
+        for axes in panels[::COLUMNS]:
+            axes.set_ylabel("% of the right, % of the wrong")
 
-    return _figure(draw, title, columns=len(shown))
+    return _figure(draw, title, panels=len(shown))
 
 
 FIGURES: dict[str, Callable[..., "Figure"]] = {
@@ -249,7 +295,7 @@ def reliability(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Te
     return sums[0], sums[1] / sums[0], sums[2] / sums[0]
 
 
-def _figure(draw: Callable[..., None], title: str | None, columns: int = 1) -> "Figure":
+def _figure(draw: Callable[..., None], title: str | None, panels: int = 1) -> "Figure":
     check_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -273,8 +319,12 @@ def _figure(draw: Callable[..., None], title: str | None, columns: int = 1) -> "
         "legend.fontsize": 8,
     }
     with rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained", dpi=150)
-        draw(*figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+        columns, rows = min(COLUMNS, panels), -(-panels // COLUMNS)
+        figure = Figure((SIZE[0], SIZE[1] * rows), layout="constrained", dpi=150)
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        draw(*grid[:panels])
+        for axes in grid[panels:]:
+            axes.remove()
         if title is not None:
             figure.suptitle(title)
     return figure

@@ -5,21 +5,25 @@ from collections.abc import Mapping
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_duo.bootstrap import Bootstrap, Interval, bootstrap
 from lightning_duo.calibration import Calibration
 from lightning_duo.cost import Cost
-from lightning_duo.evaluation import HIGHER_IS_BETTER, Predictions
+from lightning_duo.cost.text import short_count
+from lightning_duo.evaluation import MEASURES, Measure, Predictions
 from lightning_duo.files import whole
-from lightning_duo.report.figures import CHOSEN, NAMES, check_matplotlib
+from lightning_duo.report.figures import CHOSEN, COLORS, DARK, check_matplotlib, label
 from lightning_duo.report.svg import illustrate
-from lightning_duo.report.terminal import COLUMNS, Column, best_of, threshold_sentence
+from lightning_duo.report.terminal import threshold_sentence
 from lightning_duo.selective import Threshold, select_thresholds
 from lightning_duo.selective.threshold import NOTHING, as_text
 
-ORDER = ("duo", "base_scaled", "base", "sidekick", "unweighted", "uq_only")
-REFERENCE = "base_scaled"  # what the duo is compared with: the base, calibrated likewise
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+FIRST = ("duo", "base_scaled", "base", "sidekick")  # others follow in their order
+REFERENCES = ("base_scaled", "base")  # what the duo is compared with: the first that is there
 WORK = 50_000_000  # samples times resamples, about a minute on a core
 MILESTONES = (0.9, 0.95, 0.98, 0.99)  # target accuracies that the page spells out
 DELTA = 0.05  # of the guarantee the report offers, if the calibration has none
@@ -38,17 +42,18 @@ def write_report(
     """Write a report on a duo as one HTML file, which opens offline.
 
     It holds the metrics of all forms with bootstrap intervals and the paired difference to the
-    scaled base, the risk-coverage curves, a reliability diagram, histograms of confidence, the
-    temperatures and cost, and a control that turns a target accuracy into a threshold, its coverage
-    and the number of deferrals.
+    scaled base (the base, where that is missing), the risk-coverage curves, a reliability diagram,
+    histograms of confidence, the temperatures, the cost of each form, and a control that turns a
+    target accuracy into a threshold, its coverage and the number of deferrals.
 
     Args:
         path: The file to write, ``*.html``. It appears whole or not at all.
-        predictions: Form -> predictions, as `evaluation.evaluate` gives them.
+        predictions: Form -> predictions, as `evaluation.evaluate` gives them: "duo", one of
+            "base_scaled" and "base", and any others.
         calibration: Temperatures and threshold of the duo.
         data: What was measured, as in "the test set".
         held_out: Whether these are other samples than those the temperatures were fitted on.
-        cost: FLOPs and parameters, if known.
+        cost: FLOPs and parameters of base and sidekick, if known.
         resamples: Of the bootstrap; by default 1000, above 50 000 samples fewer, but at least 100.
 
     Returns:
@@ -56,7 +61,7 @@ def write_report(
 
     Raises:
         ImportError: If matplotlib is missing.
-        ValueError: If the path is not named ``*.html``.
+        ValueError: If the path is not named ``*.html``, or predictions are missing.
 
     Source: Asymmetric Duos, Sec. 5.
     """
@@ -64,38 +69,31 @@ def write_report(
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"a report is named *.html, got {path}")
     check_matplotlib()
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("lightning_duo.report").joinpath("page.html").read_text("utf-8")
-    )
-    missing = [form for form in ORDER if form not in predictions]
-    if missing:
-        raise ValueError(f"a report needs the predictions of {ORDER}; {missing} are missing")
-    shown = {form: predictions[form] for form in ORDER}
+    shown, reference = _ordered(predictions)
     if resamples is None:
         resamples = max(100, min(1000, WORK // len(shown["duo"].targets)))
     found = bootstrap(shown, resamples=resamples)
-    page = template.render(
+    page = _template().render(
         data=data,
         held_out=held_out,
         today=date.today().isoformat(),
         samples=len(shown["duo"].targets),
         resamples=resamples,
-        names=NAMES,
-        order=ORDER,
-        rows=_rows(found),
-        lead=_lead(found),
+        names={form: label(shown, form) for form in shown},
+        plain="base" if "base" in shown else reference,
+        reference=reference,
+        rows=_rows(found, reference),
+        text=lambda metric, form: MEASURES[metric].text(found.estimates[form][metric]),
         fit=calibration.fit,
         threshold_sentence=threshold_sentence(calibration),
         accepted=_accepted(shown["duo"], calibration.threshold, held_out=held_out),
         cost=cost,
-        metric=_metric,
+        costs=_costs(shown, cost),
+        count=short_count,
         figures=illustrate(shown),
-        control=_control(shown, calibration),
+        control=_control(shown["duo"], shown[reference], calibration),
+        colors=COLORS,
+        dark=DARK,
     )
     with whole(path) as file:
         # A number and its unit stay on one line.
@@ -103,53 +101,73 @@ def write_report(
     return path
 
 
-def _rows(found: Bootstrap) -> list[dict[str, Any]]:
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(
+        files("lightning_duo.report").joinpath("page.html").read_text("utf-8")
+    )
+
+
+def _ordered(predictions: Mapping[str, Predictions]) -> tuple[dict[str, Predictions], str]:
+    """The forms in the order of the page, and the one that the duo is compared with."""
+    reference = next((form for form in REFERENCES if form in predictions), None)
+    if "duo" not in predictions or reference is None:
+        raise ValueError(
+            "a report compares the predictions of 'duo' with those of 'base_scaled' or 'base'; "
+            f"there are those of {sorted(predictions)}"
+        )
+    order = dict.fromkeys([*(form for form in FIRST if form in predictions), *predictions])
+    return {form: predictions[form] for form in order}, reference
+
+
+def _rows(found: Bootstrap, reference: str) -> list[dict[str, Any]]:
     """The metrics table: each row a metric, its value and interval for every form."""
     rows = []
-    for metric, column in COLUMNS.items():
-        change = found.difference("duo", REFERENCE, metric)
-        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    for metric, measure in MEASURES.items():
+        change = found.difference("duo", reference, metric)
+        sign = 1 if measure.higher_is_better else -1
         better = min(sign * change.low, sign * change.high) > 0
         worse = max(sign * change.low, sign * change.high) < 0
         rows.append(
             {
-                "heading": column.heading,
-                "arrow": "↑" if HIGHER_IS_BETTER[metric] else "↓",
-                "aim": "higher" if HIGHER_IS_BETTER[metric] else "lower",
-                "meaning": column.meaning,
-                "change": _signed(change, column),
+                "measure": measure,
+                "change": _signed(change, measure),
                 "verdict": "better" if better else "worse" if worse else "unclear",
-                "best": best_of(metric, found.estimates),
+                "best": measure.best({form: of[metric] for form, of in found.estimates.items()}),
                 "cells": {
-                    form: [column.text(x) for x in found.interval(form, metric)] for form in ORDER
+                    form: [measure.text(x) for x in found.interval(form, metric)]
+                    for form in found.estimates
                 },
             }
         )
     return rows
 
 
-def _signed(change: Interval, column: Column) -> list[str]:
-    texts = [column.text(value) for value in change]
+def _signed(change: Interval, measure: Measure) -> list[str]:
+    texts = [measure.text(value) for value in change]
     return [t if t[0] in "-n" or float(t) == 0 else f"+{t}" for t in texts]
 
 
-def _metric(number: int) -> str:
-    """A count in three digits with its unit prefix, as in 1.35 G."""
-    for size, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{prefix}"
-    return str(number)
-
-
-def _lead(found: Bootstrap) -> dict[str, tuple[str, str]]:
-    """Metric -> what the duo and another model reach, for the first paragraph."""
-    return {
-        metric: (
-            COLUMNS[metric].text(found.estimates["duo"][metric]),
-            COLUMNS[metric].text(found.estimates[other][metric]),
+def _costs(shown: Mapping[str, Predictions], cost: Cost | None) -> list[list[str]]:
+    """Each form with the forwards that it takes for a sample, and their FLOPs."""
+    flops = {} if cost is None else {"base": cost.flops_base, "sidekick": cost.flops_sidekick}
+    rows = []
+    for form, found in shown.items():
+        runs = [name if n == 1 else f"{n:g} \u00d7 {name}" for name, n in found.forwards.items()]
+        known = runs and flops.keys() >= found.forwards.keys()
+        total = sum(n * flops[name] for name, n in found.forwards.items()) if known else None
+        rows.append(
+            [
+                label(shown, form),
+                " + ".join(runs) or "not known",
+                "not known" if total is None else short_count(total),
+            ]
         )
-        for metric, other in (("accuracy", "base"), ("aurc", REFERENCE), ("sac98", REFERENCE))
-    }
+    return rows
 
 
 def _accepted(
@@ -172,9 +190,8 @@ def _accepted(
     return parts
 
 
-def _control(predictions: Mapping[str, Predictions], calibration: Calibration) -> dict[str, Any]:
+def _control(duo: Predictions, reference: Predictions, calibration: Calibration) -> dict[str, Any]:
     """What the reader's choice of a target accuracy leads to, for every target offered."""
-    duo, reference = predictions["duo"], predictions[REFERENCE]
     # From a little below the accuracy of accepting everything, in tenths of a percent.
     lowest = min(float(model.correct.double().mean()) for model in (duo, reference)) - 0.05
     step = 1 if lowest >= 0.7 else 5

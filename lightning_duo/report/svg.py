@@ -3,29 +3,32 @@
 import io
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_duo.evaluation import Predictions
-from lightning_duo.report.figures import CHOSEN, COLORS, FIGURES, NAMES, SHOWN, reliability
+from lightning_duo.report.figures import CHOSEN, COLORS, FIGURES, label, looks, reliability
 from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Models: TypeAlias = Mapping[str, Predictions]
 
-def illustrate(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:
+
+def illustrate(predictions: Models) -> list[dict[str, Any]]:
     """Each figure with its name, title, caption, alternative text and table.
 
     Args:
-        predictions: Form -> predictions, with base, sidekick and duo.
+        predictions: Form -> predictions, with the duo.
 
     Returns:
         A mapping for each figure: name, svg, title, caption, alt, headings, table.
     """
+    names = {name: label(predictions, name) for name in looks(predictions)}
     tables = {
-        "risk_coverage": _risk_table(predictions),
-        "reliability": _reliability_table(predictions),
-        "confidence": _confidence_table(predictions),
+        "risk_coverage": _risk_table(predictions, names),
+        "reliability": _reliability_table(predictions, names),
+        "confidence": _confidence_table(predictions, names),
     }
     return [
         {"name": name, "svg": _svg(FIGURES[name](predictions), name), **tables[name]}
@@ -33,22 +36,19 @@ def illustrate(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:
     ]
 
 
-def _risk_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
-    rows, generalized = [], {}
-    for name in SHOWN:
-        curve = generalized_risk_coverage_curve(predictions[name].score, predictions[name].correct)
-        generalized[name] = curve.risk
-    total = len(predictions["duo"].targets)
+def _risk_table(predictions: Models, names: dict[str, str]) -> dict[str, Any]:
+    rows, duo = [], predictions["duo"]
+    generalized = generalized_risk_coverage_curve(duo.score, duo.correct).risk
     for tenth in range(1, 11):
         row = [f"{10 * tenth} %"]
-        for name in SHOWN:
+        for name in names:
             score, correct = predictions[name].score, predictions[name].correct
             risk = 1 - float(accuracy_at_coverage(score.double(), correct, tenth / 10))
             row.append(f"{100 * risk:.2f} %")
-        last = -(-tenth * total // 10) - 1
-        row.append(f"{100 * float(generalized['duo'][last]):.2f} %")
+        last = -(-tenth * len(generalized) // 10) - 1
+        row.append(f"{100 * float(generalized[last]):.2f} %")
         rows.append(row)
-    middle = ", ".join(f"{NAMES[name]} {rows[4][i + 1]}" for i, name in enumerate(SHOWN))
+    middle = ", ".join(f"{name} {rows[4][i]}" for i, name in enumerate(names.values(), 1))
     return {
         "title": "Risk and coverage",
         "caption": (
@@ -57,15 +57,14 @@ def _risk_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
             "coverage chosen above."
         ),
         "alt": f"Curves of risk against coverage. When half is answered: {middle} wrong.",
-        "headings": ["coverage", *(NAMES[name] for name in SHOWN), "duo, of all samples"],
+        "headings": ["coverage", *names.values(), f"{names['duo']}, of all samples"],
         "table": rows,
     }
 
 
-def _reliability_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
-    rows = []
-    columns = {name: predictions[name] for name in ("base", "duo")}
-    found = {n: reliability(p.confidence, p.correct) for n, p in columns.items()}
+def _reliability_table(predictions: Models, names: dict[str, str]) -> dict[str, Any]:
+    rows, models = [], {name: predictions[name] for name in names}
+    found = {name: reliability(p.confidence, p.correct) for name, p in models.items()}
     for index in range(len(found["duo"][0])):
         row = [f"{100 * index / 15:.0f} to {100 * (index + 1) / 15:.0f} %"]
         if not any(count[index] > 0 for count, _, _ in found.values()):
@@ -83,20 +82,21 @@ def _reliability_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]
             "is right in 80 % of the cases; below it a model is too sure. Larger points stand for "
             "more samples."
         ),
-        "alt": "Accuracy against confidence of base, sidekick and duo beside the diagonal.",
+        "alt": f"Accuracy against confidence of {', '.join(names.values())} beside the diagonal.",
         "headings": [
             "confidence",
-            *(f"{n}: {c}" for n in columns for c in ("samples", "confidence", "accuracy")),
+            *(f"{n}: {c}" for n in names.values() for c in ("samples", "confidence", "accuracy")),
         ],
         "table": rows,
     }
 
 
-def _confidence_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+def _confidence_table(predictions: Models, names: dict[str, str]) -> dict[str, Any]:
+    names = {name: text for name, text in names.items() if name != "sidekick"}  # as in the figure
     rows = []
     for tenth in range(10):
         row = [f"{10 * tenth} to {10 * tenth + 10} %"]
-        for name in ("base", "duo"):
+        for name in names:
             confidence, correct = predictions[name].confidence, predictions[name].correct
             inside = (10 * confidence.double()).ceil().clamp(1, 10) == tenth + 1
             row += [str(int((inside & correct).sum())), str(int((inside & ~correct).sum()))]
@@ -119,7 +119,10 @@ def _confidence_table(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
             "Histograms of confidence. Median of the duo's right predictions: "
             f"{median['right']:.0f} %, of its wrong ones: {median['wrong']:.0f} %."
         ),
-        "headings": ["confidence", "base: right", "base: wrong", "duo: right", "duo: wrong"],
+        "headings": [
+            "confidence",
+            *(f"{n}: {kind}" for n in names.values() for kind in ("right", "wrong")),
+        ],
         "table": rows,
     }
 

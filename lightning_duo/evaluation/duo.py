@@ -1,0 +1,176 @@
+"""Base, sidekick and duo, and any forms beside them, measured on the same samples."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
+
+from lightning_duo.evaluation.forms import LABELS, Form, check_score, duo_forms, judge
+from lightning_duo.evaluation.measures import measure
+from lightning_duo.evaluation.predictions import Predictions
+from lightning_duo.temperature import TemperatureFit
+from lightning_duo.temperature.samples import check_samples
+
+# What is kept of each sample and form: 24 bytes.
+COLUMNS = {
+    "confidence": torch.float32,
+    "score": torch.float32,
+    "prediction": torch.int32,
+    "nll": torch.float64,
+    "brier": torch.float32,
+}
+
+
+def evaluate(
+    base_logits: Tensor,
+    sidekick_logits: Tensor,
+    targets: Tensor,
+    fit: TemperatureFit,
+    *,
+    score: str = "confidence",
+    forms: Mapping[str, Form] | None = None,
+    **others: Tensor,
+) -> dict[str, Predictions]:
+    """What base, sidekick and duo in every form, and any forms beside them, say of these samples.
+
+    Args:
+        base_logits: Logits of the base, shape (N, K).
+        sidekick_logits: Logits of the sidekick, shape (N, K).
+        targets: True classes, shape (N,).
+        fit: The temperatures.
+        score: What ranks the samples: the "confidence", or the "entropy" (negated) of the
+            probabilities. ECE is of the confidence in any case.
+        forms: Name -> form, to be judged beside those of `duo_forms`.
+        others: Logits of further members that these forms name, shape (N, K).
+
+    Returns:
+        Form -> predictions on the CPU, for `measure`, `bootstrap` and `report.write_report`.
+
+    Raises:
+        ValueError: If samples do not fit, as in `fit_temperatures`; as in `judge`; or if a form has
+            the name of one of the seven.
+
+    Example:
+        >>> import torch
+        >>> from lightning_duo import fit_temperatures
+        >>> from lightning_duo.evaluation import mean_probability
+        >>> base, second = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0]] * 2)
+        >>> sidekick, targets = torch.zeros(2, 2), torch.tensor([0, 1])
+        >>> forms = {"ensemble": Form("2 bases", {"base": 1, "second": 1}, mean_probability)}
+        >>> fit = fit_temperatures(base, sidekick, targets)
+        >>> list(evaluate(base, sidekick, targets, fit, forms=forms, second=second))[-1]
+        'ensemble'
+    """
+    check_samples(base_logits, sidekick_logits, targets)
+    members = {"base": base_logits, "sidekick": sidekick_logits, **others}
+    return {
+        name: judge(form, members, targets, score=score).cpu()
+        for name, form in _all_forms(fit, forms).items()
+    }
+
+
+class DuoMetrics(Metric):
+    """Base, sidekick and duo in every form, and any forms beside them, on the same samples.
+
+    Each form has every metric of `MEASURES`. For ``uq_only`` nll and brier are those of ``duo``:
+    both judge the probabilities, which the two share.
+
+    Args:
+        num_classes: K.
+        fit: The fitted temperatures, of which `duo_forms` makes the seven forms.
+        score: What ranks the samples: the "confidence", or the "entropy" (negated) of the
+            probabilities. ECE is of the confidence in any case.
+        forms: Name -> form, to be measured beside the seven.
+
+    Raises:
+        ValueError: If the score is unknown, or a form has the name of one of the seven.
+
+    Example:
+        >>> import torch
+        >>> from lightning_duo import fit_temperatures
+        >>> base, sidekick = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.zeros(2, 2)
+        >>> targets = torch.tensor([0, 1])
+        >>> metrics = DuoMetrics(2, fit_temperatures(base, sidekick, targets))
+        >>> metrics.update(base, sidekick, targets)
+        >>> metrics.compute()["duo"]["accuracy"]
+        0.5
+
+    Source: Asymmetric Duos, Sec. 3.1 (ablations), Sec. 5 (metrics) and App. C (entropy).
+    """
+
+    full_state_update = False
+    targets: list[Tensor]
+
+    def __init__(
+        self,
+        num_classes: int,
+        fit: TemperatureFit,
+        *,
+        score: str = "confidence",
+        forms: Mapping[str, Form] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_score(score)
+        self.num_classes, self.ranked_by = num_classes, score
+        self.forms = _all_forms(fit, forms)
+        for name in (*COLUMNS, "targets"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.reset()
+
+    @override
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        # A process that gets no sample must still have something to exchange with the others.
+        none = torch.zeros(0, len(self.forms), device=self.device)
+        for name, dtype in COLUMNS.items():
+            getattr(self, name).append(none.to(dtype))
+        self.targets.append(none[:, 0].long())
+
+    @override
+    def update(
+        self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor, **others: Tensor
+    ) -> None:
+        """Add a batch: logits (B, K) of base, sidekick and others by name; true classes (B,)."""
+        members = {"base": base_logits, "sidekick": sidekick_logits, **others}
+        said = [judge(form, members, targets, score=self.ranked_by) for form in self.forms.values()]
+        for name, dtype in COLUMNS.items():
+            column = torch.stack([getattr(one, name) for one in said], dim=1)
+            getattr(self, name).append(column.to(dtype))
+        self.targets.append(targets.long())
+
+    @override
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Value of every metric of every form, e.g. ``compute()["duo"]["aurc"]``."""
+        return {form: measure(predictions) for form, predictions in self._by_form().items()}
+
+    def predictions(self) -> dict[str, Predictions]:
+        """What each form says of the samples of all processes, in the order of the processes."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            return {form: found.cpu() for form, found in self._by_form().items()}
+
+    def _by_form(self) -> dict[str, Predictions]:
+        columns = {name: dim_zero_cat(getattr(self, name)) for name in COLUMNS}
+        columns["prediction"] = columns["prediction"].long()
+        return {
+            name: Predictions(
+                **{column: values[:, i] for column, values in columns.items()},
+                targets=dim_zero_cat(self.targets),
+                num_classes=self.num_classes,
+                label=form.label,
+                forwards=form.forwards,
+            )
+            for i, (name, form) in enumerate(self.forms.items())
+        }
+
+
+def _all_forms(fit: TemperatureFit, forms: Mapping[str, Form] | None) -> dict[str, Form]:
+    """The seven of the duo, and those beside them."""
+    if taken := sorted(LABELS.keys() & (forms or {})):
+        raise ValueError(f"forms of a duo are named {taken} already; choose other names")
+    return duo_forms(fit) | dict(forms or {})

@@ -1,0 +1,98 @@
+"""What one model, or several together, say of some samples."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_duo.selective import brier_scores
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N samples, without the (N, K) probabilities."""
+
+    confidence: Tensor
+    """Probability that the prediction is right, shape (N,)."""
+    score: Tensor
+    """What ranks the samples, higher is surer, shape (N,): the confidence, or minus entropy."""
+    prediction: Tensor
+    """Predicted class, shape (N,), int64."""
+    targets: Tensor
+    """True class, shape (N,), int64."""
+    nll: Tensor
+    """Negative log-likelihood of the target in nats, shape (N,), float64."""
+    brier: Tensor
+    """Squared error of the probabilities, summed over classes, shape (N,)."""
+    num_classes: int
+    """K."""
+    label: str = ""
+    """What tables and figures call the model; where it is empty, they take its key."""
+    forwards: Mapping[str, float] = field(default_factory=dict)
+    """Model -> how often it runs for a sample, as in ``{"base": 1, "sidekick": 1}``; empty if it is
+    not known."""
+
+    @classmethod
+    def of(
+        cls,
+        probs: Tensor,
+        targets: Tensor,
+        *,
+        prediction: Tensor | None = None,
+        confidence: Tensor | None = None,
+        score: Tensor | None = None,
+        label: str = "",
+        forwards: Mapping[str, float] | None = None,
+    ) -> "Predictions":
+        """Of the probabilities of any model, from any library.
+
+        Args:
+            probs: Class probabilities, shape (N, K), rows that sum to 1.
+            targets: True classes, shape (N,), an integer dtype.
+            prediction: Predicted classes, shape (N,); by default the most probable ones.
+            confidence: Probability that each prediction is right, shape (N,), in [0, 1]; by default
+                the probability of the predicted class.
+            score: What ranks the samples, higher is surer, shape (N,); by default the confidence.
+            label: What tables and figures call the model.
+            forwards: Model -> how often it runs for a sample, for the cost in a report.
+
+        Returns:
+            Predictions for `measure`, `bootstrap` and `report.write_report`.
+
+        Raises:
+            ValueError: If the shapes do not fit, rows of ``probs`` are no probabilities, or targets
+                are out of range.
+
+        Example:
+            >>> import torch
+            >>> found = Predictions.of(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
+            >>> found.confidence, found.correct
+            (tensor([0.9000, 0.6000]), tensor([ True, False]))
+        """
+        brier = brier_scores(probs, targets).to(probs.dtype)
+        targets = targets.long()
+        prediction = probs.argmax(1) if prediction is None else prediction.long()
+        if confidence is None:
+            confidence = probs.gather(1, prediction[:, None]).squeeze(1)
+        score = confidence if score is None else score
+        given = {"prediction": prediction, "confidence": confidence, "score": score}
+        for name, column in given.items():
+            if column.shape != targets.shape:
+                raise ValueError(
+                    f"expected {name} of shape ({len(targets)},), got {tuple(column.shape)}"
+                )
+        nll = -probs.double().gather(1, targets[:, None]).squeeze(1).log()
+        columns = (confidence, score, prediction, targets, nll, brier)
+        return cls(*columns, probs.shape[1], label, forwards or {})
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each prediction is right, shape (N,), bool."""
+        return self.prediction == self.targets
+
+    def cpu(self) -> "Predictions":
+        """The same on the CPU."""
+        columns: dict[str, Any] = {k: v.cpu() for k, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **columns)
