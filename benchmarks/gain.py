@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from lightning_duo import DuoModule, fit_temperatures
-from lightning_duo.evaluation import evaluate, measure
+from lightning_duo.evaluation import Form, Weighted, evaluate, mean_probability, measure
 from lightning_duo.logits import collect_logits
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -65,22 +65,33 @@ def compare(folder: Path, asked: Options) -> Iterator[Row]:
     data.setup("fit")
     epochs = min(1, demo["epochs"]) if asked.quick else demo["epochs"]
     other = second_base(data, epochs, SECOND + demo["seed"], asked.device).to(asked.device)
-    forms: dict[str, tuple[float, dict[str, float]]] = {}
-    balance = demo["flops_balance"]
-    for partner, flops, name in ((duo.sidekick, 1 + balance, "duo"), (other, 2.0, "2 bases")):
-        val = collect_logits(duo.base, partner, data.val_dataloader())
-        test = collect_logits(duo.base, partner, data.test_dataloader())
-        found = {k: measure(v) for k, v in evaluate(*test, fit_temperatures(*val)).items()}
-        forms["base"], forms["scaled base"] = (1.0, found["base"]), (1.0, found["base_scaled"])
-        forms[name] = (flops, found["duo"])
-    probs = (test.base.softmax(1) + test.sidekick.softmax(1)) / 2
-    plain = evaluate(probs.log(), probs.log(), test.targets, fit_temperatures(*val))["base"]
-    forms["2 bases, mean"] = (2.0, measure(plain))
-    reference = forms["scaled base"][1]
-    for name, (flops, values) in forms.items():
-        gains = {f"{m}_change": values[m] / reference[m] - 1 for m in METRICS}
-        chosen = {m: values[m] for m in METRICS}
-        yield {"seed": demo["seed"], "method": name, "flops": flops, **chosen, **gains}
+    val, test = (
+        {
+            "duo": collect_logits(duo.base, duo.sidekick, loader()),
+            "second": collect_logits(duo.base, other, loader()),
+        }
+        for loader in (data.val_dataloader, data.test_dataloader)
+    )
+    fits = {name: fit_temperatures(*logits) for name, logits in val.items()}
+    bases = {"base": 1, "second": 1}
+    forms = {
+        "second": Form("2 bases", bases, Weighted(fits["second"].temperatures)),
+        "mean": Form("2 bases, mean", bases, mean_probability),
+    }
+    second = test["second"].sidekick
+    found = evaluate(*test["duo"], fits["duo"], forms=forms, second=second)
+    flops = {"base": 1.0, "sidekick": demo["flops_balance"], "second": 1.0}
+    reference = measure(found["base_scaled"])
+    for name in ("base", "base_scaled", "duo", *forms):
+        judged = found[name]
+        values = measure(judged)
+        yield {
+            "seed": demo["seed"],
+            "method": judged.label,
+            "flops": sum(times * flops[member] for member, times in judged.forwards.items()),
+            **{metric: values[metric] for metric in METRICS},
+            **{f"{m}_change": values[m] / reference[m] - 1 for m in METRICS},
+        }
 
 
 def measure_all(asked: Options, folders: list[Path]) -> Iterator[Row]:
