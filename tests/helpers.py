@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 NUM_CLASSES = 4
+INF, NAN = torch.inf, torch.nan
 DEVICES = [
     "cpu",
     pytest.param(
@@ -38,6 +39,22 @@ def make_logits(
     return base.to(device), sidekick.to(device), targets.to(device)
 
 
+def edge_rows(classes: int) -> tuple[Tensor, Tensor, dict[str, tuple[int, int, bool]]]:
+    """Logits, and per row: prediction, prediction of UQ only, whether a softmax exists."""
+    base, sidekick = torch.zeros(2, 9, classes)
+    base[:, 1], sidekick[:, 2] = 1.5, 3.0
+    want = {"usual": (2, 1, True)}
+    base[1, 4], want["NaN in the base"] = NAN, (4, 4, False)
+    sidekick[2, 5], want["NaN in the sidekick"] = NAN, (5, 1, False)
+    base[3, 5], base[3, 3], want["NaN and inf"] = NAN, INF, (3, 3, False)
+    base[4], sidekick[4], want["all masked"] = -INF, -INF, (0, 0, False)
+    base[5, 1], sidekick[5, 2], want["masked by either"] = -INF, -INF, (0, 0, True)
+    base[6, 1], base[6, 3], want["mask beats the largest"] = -INF, 9.0, (3, 3, True)
+    base[7], sidekick[7], want["ties"] = 1.0, 1.0, (0, 0, True)
+    base[8, 0], sidekick[8, 0], want["opposite infinities"] = INF, -INF, (2, 0, True)
+    return base, sidekick, want
+
+
 def small_images(count: int = 240, seed: int = 0) -> TensorDataset:
     """Noise around one faint image per class."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,8 +63,17 @@ def small_images(count: int = 240, seed: int = 0) -> TensorDataset:
     return TensorDataset(torch.randn(count, 3, 8, 8, generator=generator) + 0.12 * faint[y], y)
 
 
+TRAIN, VAL, TEST = small_images(112, 1), small_images(80, 2), small_images(80, 3)
+
+
 def loader(dataset: TensorDataset, *, shuffle: bool = False, batch: int = 16) -> DataLoader:
     return DataLoader(dataset, batch, shuffle=shuffle)
+
+
+def as_mapping(samples: list) -> dict:
+    """Collates as Hugging Face's processors do."""
+    x, y = zip(*samples, strict=True)
+    return {"pixel_values": torch.stack(x), "labels": torch.stack(y)}
 
 
 def small_net(num_classes: int = NUM_CLASSES, width: int = 16) -> nn.Module:
@@ -59,6 +85,17 @@ def small_net(num_classes: int = NUM_CLASSES, width: int = 16) -> nn.Module:
         nn.Dropout(0.2),
         nn.Linear(width, num_classes),
     )
+
+
+class Tiny(nn.Module):
+    """A sidekick of the user's own, made for the number of classes."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.net = small_net(num_classes, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 class Restless(nn.Module):

@@ -1,18 +1,13 @@
 """Exported duos, each run in a fresh process where neither this library nor Lightning exists."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from helpers import Classifier, loader, make_trainer, small_images, small_net
-from test_head import edge_rows
+from helpers import Classifier, edge_rows, loader, make_trainer, small_images, small_net
+from subprocesses import assert_same, run_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -22,69 +17,6 @@ from lightning_duo.isolation import evaluating
 
 FORMATS = ("program", "aoti", "onnx")
 MODES = ("weighted", "uq_only")
-FIELDS = ("probs", "prediction", "confidence", "accept")
-
-RUN = """
-import json, sys
-for name in ("lightning_duo", "lightning_duo_kernels", "lightning", "timm", "torchmetrics"):
-    sys.modules[name] = None  # importing it is an error
-import numpy as np
-format, file, inputs, outputs = sys.argv[1:]
-if format == "onnx":
-    import onnxruntime
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    description = json.loads(session.get_modelmeta().custom_metadata_map["lightning_duo"])
-    (name,), names = ([x.name for x in get()] for get in (session.get_inputs, session.get_outputs))
-    assert names == description["outputs"], names
-    assert session.get_inputs()[0].shape[0] == "batch"
-    run = lambda x: session.run(None, {name: x})
-else:
-    import torch
-    if format == "program":
-        extra = {"lightning_duo.json": ""}
-        module = torch.export.load(file, extra_files=extra).module()
-        description = json.loads(extra["lightning_duo.json"])
-    else:
-        module = torch._inductor.aoti_load_package(file)
-        description = json.loads(module.get_metadata()["lightning_duo"])
-    run = lambda x: [y.detach().cpu().numpy() for y in module(torch.from_numpy(x))]
-results = {}
-for key, x in np.load(inputs).items():
-    for field, value in zip(description["outputs"], run(x), strict=True):
-        results[f"{key}.{field}"] = value
-np.savez(outputs, description=json.dumps(description), **results)
-"""
-
-
-def run_file(path: Path, format: Format, batches: dict[str, Tensor]) -> tuple[dict, dict]:
-    """Results by batch, and the description, of an exported duo in a process of its own."""
-    inputs, outputs = path.with_name("inputs.npz"), path.with_name("outputs.npz")
-    np.savez(inputs, **{name: x.numpy() for name, x in batches.items()})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, format, str(path), str(inputs), str(outputs)],
-        capture_output=True,
-        text=True,
-        cwd=path.parent,
-        env={**os.environ, "PYTHONPATH": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = dict(np.load(outputs).items())
-    description = json.loads(str(found.pop("description")))
-    results = {
-        name: DuoOutput(*(torch.from_numpy(found[f"{name}.{field}"]) for field in FIELDS))
-        for name in batches
-    }
-    return results, description
-
-
-def assert_same(mine: DuoOutput, theirs: DuoOutput) -> None:
-    for field, x, y in zip(FIELDS, mine, theirs, strict=True):
-        assert x.dtype == y.dtype, field
-        if x.is_floating_point():
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-5, equal_nan=True, msg=field)
-        else:
-            assert torch.equal(x, y), field
 
 
 def conv_net(width: int) -> nn.Module:

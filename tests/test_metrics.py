@@ -2,11 +2,7 @@
 
 import copy
 import io
-import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from subprocesses import two_processes
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -177,6 +174,8 @@ def test_curves_are_drawn_with_their_area(name: str, area: str) -> None:
 
 def everything(rank: int, world: int) -> dict[str, list]:
     """All metrics on this process's part: 63 and 37 samples, then 100 and none."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
     results: dict[str, list] = {}
     for split in (63, 100):
         part = slice(0, split) if rank == 0 else slice(split, 100)
@@ -196,36 +195,10 @@ def everything(rank: int, world: int) -> dict[str, list]:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_one_of_them_empty_are_one(tmp_path: Path) -> None:
-    script = f"""
-import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch.distributed as dist
-import test_metrics
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
-found = test_metrics.everything(rank, 2)
-open(f"{tmp_path}/{{rank}}.json", "w").write(json.dumps(found))
-dist.destroy_process_group()
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1][-3000:] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    finally:
-        for process in processes:
-            process.kill()
+    both = two_processes("test_metrics.everything(rank, 2)", tmp_path, port=5)
     alone = everything(0, 1)
     assert len(alone) == 4 * len(CASES)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    for found in both:
         assert found.keys() == alone.keys()
         for case, values in alone.items():
             close(torch.tensor(found[case]), torch.tensor(values))

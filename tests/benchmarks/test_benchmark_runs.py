@@ -21,7 +21,7 @@ from PIL import Image
 from lightning_duo.cost import Timing
 
 ASKED = Options(quick=True, device="cpu", repeats=3, threads=1)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_photographs_are_files_with_a_class(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from published import GRID, published_fit, published_head
 from torch.nn import functional as F
 
 ASKED = harness.Options(quick=True, device="cpu", repeats=3, threads=1)
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @given(st.floats(-1, 3), st.floats(1e-3, 1e3))

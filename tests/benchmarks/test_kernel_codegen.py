@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

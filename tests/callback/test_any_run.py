@@ -7,19 +7,19 @@ both runs are compared by their hash. Then the temperatures are compared with a 
 computed apart.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from helpers import (
     NUM_CLASSES,
+    TRAIN,
+    VAL,
     Classifier,
     Restless,
-    digest,
+    as_mapping,
     loader,
     make_trainer,
     small_images,
@@ -36,99 +36,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
+from runs import Trace, check_duo, compare, fitted, logits_of, make_duo, reference_fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_duo import DuoCallback, fit_temperatures
+from lightning_duo import fit_temperatures
 
-TRAIN, VAL = small_images(112, 1), small_images(80, 2)
 cross_entropy = nn.functional.cross_entropy
-
-
-class Trace(L.Callback):
-    """What somebody who knows nothing of the duo can see of a run."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        own = {k: v for k, v in trainer.callback_metrics.items() if not is_of_the_duo(k)}
-        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
-        schedulers = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
-        gradients = [p.grad for p in pl_module.parameters()]
-        streams = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-        modes = [part.training for part in pl_module.modules()]
-        trainable = [p.requires_grad for p in pl_module.parameters()]
-        state = [pl_module.state_dict(), optimizers, gradients, streams, own, modes, trainable]
-        self.seen.append(digest([*state, trainer.global_step, str(schedulers)]))
-
-    on_train_batch_end = on_validation_batch_end = on_validation_end = look
-    on_train_epoch_end = on_fit_end = look
-
-
-def is_of_the_duo(name: str) -> bool:
-    return name.split("/")[0] in ("base", "base_scaled", "sidekick", "duo")
-
-
-def fast_adam(parameters: object) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def compare(
-    make: Callable[[], L.LightningModule],
-    *,
-    train: Callable[[], Any] = lambda: loader(TRAIN, shuffle=True),
-    val: Callable[[], Any] = lambda: loader(VAL),
-    duo: Mapping[str, Any] = {},
-    callbacks: Callable[[], list[L.Callback]] = list,
-    **options: Any,
-) -> tuple[DuoCallback, L.LightningModule, L.Trainer]:
-    """Run with and without the callback, compare, and return the run with it."""
-
-    def run(mine: list[L.Callback]) -> tuple[list[str], L.LightningModule, L.Trainer]:
-        L.seed_everything(3, verbose=False)
-        module, trace = make(), Trace()
-        trainer = make_trainer(*mine, *callbacks(), trace, **options)
-        trainer.fit(module, train(), val())
-        return trace.seen, module, trainer
-
-    alone, _, _ = run([])
-    found = DuoCallback(Restless, **{"optimizer": fast_adam, "summary": False, **duo})
-    seen, module, trainer = run([found])
-    assert len(alone) > 4
-    assert seen == alone
-    return found, module, trainer
-
-
-@torch.no_grad()
-def expected_fit(
-    duo: DuoCallback, logits: Callable[[Tensor], Tensor], data: TensorDataset = VAL
-) -> Any:
-    """The fit to logits of both models, computed one batch after the other."""
-    model = duo._sidekick.model.eval()
-    parts = [(logits(x), model(x), y) for x, y in loader(data)]
-    base, sidekick, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-    return fit_temperatures(base.float(), sidekick.float(), targets)
-
-
-def check_duo(
-    duo: DuoCallback,
-    module: L.LightningModule,
-    logits: Callable[[Tensor], Tensor] | None = None,
-    rel: float = 1e-4,
-    data: TensorDataset = VAL,
-) -> None:
-    """The temperatures are those of these models, and the deployed duo is made of them."""
-    module.eval()
-    logits = logits or module
-    fit = expected_fit(duo, logits, data)
-    assert duo.fit.temperatures == pytest.approx(tuple(fit.temperatures), rel=rel, abs=1e-6)
-    assert duo.fit.nll == pytest.approx(fit.nll, rel=rel)
-    x = VAL.tensors[0][:32]
-    with torch.no_grad():
-        sidekick = duo._sidekick.model.eval()(x)
-        z = duo.fit.temperatures.base * logits(x) + duo.fit.temperatures.sidekick * sidekick
-        torch.testing.assert_close(duo.module(x).probs, z.float().softmax(1), atol=1e-5, rtol=1e-4)
 
 
 # ---- styles of module ----
@@ -170,11 +84,6 @@ class PopsLabels(Classifier):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.net(pixel_values)
-
-
-def as_mapping(samples: list) -> dict:
-    x, y = zip(*samples, strict=True)
-    return {"pixel_values": torch.stack(x), "labels": torch.stack(y)}
 
 
 class Nested(Classifier):
@@ -347,7 +256,8 @@ def test_styles_of_module(style: str) -> None:
     check_duo(duo, module, logits)
     assert duo.fit.temperatures.sidekick > 0
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-    assert duo._training_state["updates"] == duo._training_state["batches"] == batches
+    probed = 0 if style == "no length" else round(0.3 * batches)
+    assert duo.progress[:3] == (batches, batches, probed)
 
 
 def test_nested_batches() -> None:
@@ -361,7 +271,7 @@ def test_nested_batches() -> None:
 def test_several_inputs() -> None:
     duo, module, _ = compare(TwoViews, duo={"sidekick_transform": first}, **both(as_views))
     module.eval()
-    fit = expected_fit(duo, lambda x: module([x, x.flip(3)]))
+    fit = reference_fit(duo, lambda x: module([x, x.flip(3)]))
     assert duo.fit.temperatures == pytest.approx(tuple(fit.temperatures), rel=1e-4)
     x = VAL.tensors[0][:4]
     assert duo.module([x, x.flip(3)]).probs.shape == (4, NUM_CLASSES)
@@ -384,10 +294,8 @@ def test_several_validation_loaders(chosen: int) -> None:
     for index, stage in enumerate(("val", "val/dataloader_idx_1")):
         page = duo.write_report(f"{index}.html", stage=stage, resamples=10).read_text()
         assert ("These samples also fitted the temperatures" in page) == (index == chosen)
-    module.eval()
     for suffix, data in (("", VAL), ("/dataloader_idx_1", other)):
-        with torch.no_grad():
-            expected = cross_entropy(module(data.tensors[0]), data.tensors[1])
+        expected = cross_entropy(logits_of(module, data), data.tensors[1])
         logged = float(trainer.callback_metrics[f"base/val_nll{suffix}"])
         assert logged == pytest.approx(float(expected), rel=1e-4)
 
@@ -475,7 +383,7 @@ class WithBackbone(Classifier):
 def test_settings_of_the_trainer(setting: str) -> None:
     make = WithBackbone if setting == "frozen backbone" else Classifier
     duo, module, trainer = compare(make, **SETTINGS[setting])
-    assert duo._training_state["updates"] == trainer.global_step
+    assert duo.progress.updates == trainer.global_step
     if setting not in ("val_check_interval",):  # where the last validation is not the end
         check_duo(duo, module)
 
@@ -507,9 +415,9 @@ def test_precisions(precision: str, clip: float | None) -> None:
         WithoutMoments, duo={"optimizer": plain_sgd}, precision=precision, gradient_clip_val=clip
     )
     dtype = next(module.parameters()).dtype
-    assert next(duo._sidekick.model.parameters()).dtype == dtype
+    assert next(duo.sidekick.parameters()).dtype == dtype
     module.eval()
-    cast = duo._sidekick.model.to(dtype)
+    cast = duo.sidekick.to(dtype)
     parts = [(module(x.to(dtype)), cast.eval()(x.to(dtype)), y) for x, y in loader(VAL)]
     base, sidekick, targets = (torch.cat(part).detach() for part in zip(*parts, strict=True))
     fit = fit_temperatures(base.float(), sidekick.float(), targets)
@@ -537,19 +445,19 @@ def test_half_precision_with_a_scaler_of_its_own(clip: float | None) -> None:
         return trace.seen, scaler.state_dict()
 
     alone = run()
-    duo = DuoCallback(Loud, optimizer=plain_sgd, summary=False)
+    duo = make_duo(Loud, optimizer=plain_sgd)
     assert run(duo) == alone
     assert alone[1]["scale"] == 2.0**10
-    assert duo._training_state["scaler"]["scale"] < 2.0**16
-    assert duo._training_state["updates"] == 14
-    assert all(value.isfinite().all() for value in duo._sidekick.model.state_dict().values())
+    assert duo.state_dict()["training"]["scaler"]["scale"] < 2.0**16
+    assert duo.progress.updates == 14
+    assert all(value.isfinite().all() for value in duo.sidekick.state_dict().values())
     assert duo.fit.status == "converged"
 
 
 # ---- callbacks and tools beside it ----
 
 
-def test_metrics_of_the_duo_stop_training_and_choose_checkpoints(tmp_path: Any) -> None:
+def test_metrics_of_the_duo_stop_training_and_choose_checkpoints(tmp_path: Path) -> None:
     history = []
 
     class Record(L.Callback):
@@ -559,9 +467,8 @@ def test_metrics_of_the_duo_stop_training_and_choose_checkpoints(tmp_path: Any) 
 
     stop = EarlyStopping("duo/val_nll", min_delta=9.0, patience=1)
     best = ModelCheckpoint(tmp_path, monitor="duo/val_aurc", save_top_k=1, filename="best")
-    duo = DuoCallback(Restless, optimizer=fast_adam, summary=False)
-    trainer = make_trainer(duo, stop, best, Record(), enable_checkpointing=True, max_epochs=8)
-    trainer.fit(Classifier(), loader(TRAIN, shuffle=True), loader(VAL))
+    beside = {"enable_checkpointing": True, "max_epochs": 8}
+    trainer = fitted(make_duo(Restless), None, stop, best, Record(), **beside).trainer
     assert len(history) == trainer.current_epoch == 2
     assert float(best.best_model_score) == min(history)
 
@@ -569,7 +476,7 @@ def test_metrics_of_the_duo_stop_training_and_choose_checkpoints(tmp_path: Any) 
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_what_is_measured(first: bool) -> None:
     """EMA swaps the weights in for validation and keeps them at the end: so they fit."""
-    duo = DuoCallback(Restless, optimizer=fast_adam, summary=False)
+    duo = make_duo(Restless)
     beside = [duo, EMAWeightAveraging(decay=0.9)]
     module = Classifier()
     trainer = make_trainer(*(beside if first else beside[::-1]))
@@ -594,7 +501,7 @@ def test_weights_averaged_after_the_last_validation_are_said() -> None:
     """
     swa = {"callbacks": lambda: [StochasticWeightAveraging(1e-2, 1)], "max_epochs": 3}
     check_duo(*compare(Classifier, **swa)[:2])
-    with pytest.warns(UserWarning, match="weights of base or sidekick are others now"):
+    with pytest.warns(UserWarning, match="base or .*sidekick.*refit.*trainer.validate"):
         duo, module, trainer = compare(WithoutStatistics, **swa)
     trainer.validate(module, loader(VAL), verbose=False)
     check_duo(duo, module)
@@ -615,7 +522,7 @@ class HasRate(Classifier):
         return loader(VAL)
 
 
-def test_the_learning_rate_finder_finds_the_bases_rate(tmp_path: Any) -> None:
+def test_the_learning_rate_finder_finds_the_bases_rate(tmp_path: Path) -> None:
     """As a callback and as a tool; the sidekick does not learn from its trial batches."""
     options = {"max_epochs": 2, "default_root_dir": tmp_path}
     finder = {"num_training_steps": 12, "early_stop_threshold": None}
@@ -628,41 +535,40 @@ def test_the_learning_rate_finder_finds_the_bases_rate(tmp_path: Any) -> None:
         return trace.seen, module
 
     alone, _ = run()
-    duo = DuoCallback(Restless, optimizer=fast_adam, summary=False)
+    duo = make_duo(Restless)
     seen, module = run(duo)
     assert seen == alone
-    assert duo._training_state["updates"] == 14
+    assert duo.progress.updates == 14
     check_duo(duo, module)
 
-    duo, module = DuoCallback(Restless, summary=False), HasRate(batch_size=16)
+    duo, module = make_duo(Restless), HasRate(batch_size=16)
     trainer = make_trainer(duo, **options)
     Tuner(trainer).lr_find(module, num_training=12, early_stop_threshold=None)
-    assert duo._sidekick.model is None
+    assert duo.sidekick is None
     trainer.fit(module)
-    assert duo._training_state["updates"] == trainer.global_step == 14
+    assert duo.progress.updates == trainer.global_step == 14
 
 
-def test_the_batch_size_tuner_knows_nothing_of_the_sidekick(tmp_path: Any) -> None:
-    duo, module = DuoCallback(Restless, summary=False), HasRate()
+def test_the_batch_size_tuner_knows_nothing_of_the_sidekick(tmp_path: Path) -> None:
+    duo, module = make_duo(Restless), HasRate()
     trainer = make_trainer(duo, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=1)
     assert module.batch_size > 2
-    assert duo._sidekick.model is None
+    assert duo.sidekick is None
     trainer.fit(module)
     assert duo.fit is not None
 
 
 def test_fast_dev_run() -> None:
-    duo = DuoCallback(Restless, summary=False)
-    make_trainer(duo, fast_dev_run=2).fit(Classifier(), loader(TRAIN), loader(VAL))
-    assert duo._training_state["updates"] == 2
+    duo, _, _ = fitted(make_duo(Restless), fast_dev_run=2)
+    assert duo.progress.updates == 2
     assert len(duo.predictions["val"]["duo"].confidence) == 32
 
 
 def test_overfit_batches() -> None:
     """Lightning validates on the same few training batches then; the temperatures fit those."""
     duo, module, trainer = compare(Classifier, overfit_batches=3, max_epochs=3)
-    assert duo._training_state["updates"] == trainer.global_step == 9
+    assert duo.progress.updates == trainer.global_step == 9
     assert len(duo.predictions["val"]["duo"].confidence) == 48
     assert module is not None
 
@@ -670,7 +576,7 @@ def test_overfit_batches() -> None:
 def test_validate_and_test_without_fit() -> None:
     """Two trained models: validate fits, test measures, in inference mode."""
     module, sidekick = Classifier(), small_net()
-    duo = DuoCallback(sidekick, summary=False)
+    duo = make_duo(sidekick)
     trainer = make_trainer(duo)
     trainer.validate(module, loader(VAL), verbose=False)
     fit = duo.fit

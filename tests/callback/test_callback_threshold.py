@@ -7,30 +7,15 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, loader, make_trainer, small_images, small_net
+from helpers import TEST, TRAIN, VAL, Classifier, loader, make_trainer, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from runs import fitted, make_duo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_duo import DuoCallback, DuoModule, select_threshold
+from lightning_duo import DuoModule, select_threshold
 from lightning_duo.export import export_duo
-
-TRAIN, VAL, TEST = small_images(240, 1), small_images(128, 2), small_images(128, 3)
-
-
-def make_duo(**options: object) -> DuoCallback:
-    def adam(parameters: object) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=1e-2)
-
-    return DuoCallback(small_net, **{"optimizer": adam, "summary": False, **options})
-
-
-def fitted(duo: DuoCallback, *callbacks: L.Callback, **options: object) -> tuple:
-    module = Classifier()
-    trainer = make_trainer(duo, *callbacks, **options)
-    trainer.fit(module, loader(TRAIN, shuffle=True), loader(VAL))
-    return module, trainer
 
 
 @pytest.mark.parametrize(("target", "delta"), [(0.7, None), (0.5, 0.2)])
@@ -38,7 +23,7 @@ def test_the_threshold_is_chosen_logged_and_deployed(
     target: float, delta: float | None, tmp_path: Path
 ) -> None:
     duo = make_duo(target_accuracy=target, delta=delta)
-    module, trainer = fitted(duo, max_epochs=5)
+    _, module, trainer = fitted(duo, max_epochs=16)
     deployed = duo.module
     output = deployed(VAL.tensors[0])
     correct = output.prediction == VAL.tensors[1]
@@ -76,14 +61,14 @@ def test_the_threshold_is_chosen_logged_and_deployed(
 def test_checkpoints_carry_the_threshold(tmp_path: Path) -> None:
     duo = make_duo(target_accuracy=0.7)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    fitted(duo, checkpoint, enable_checkpointing=True, max_epochs=4)
+    fitted(duo, None, checkpoint, enable_checkpointing=True, max_epochs=4)
     path = tmp_path / "last.ckpt"
     torch.load(path, weights_only=True)
     other = make_duo(target_accuracy=0.7)
     make_trainer(other).test(Classifier(), loader(TEST), ckpt_path=path, verbose=False)
     assert other.calibration == duo.calibration
     assert other.module.threshold == duo.module.threshold
-    with pytest.warns(UserWarning, match="chosen for target_accuracy=0.7, delta=None"):
+    with pytest.warns(UserWarning, match=r"target_accuracy=0\.7, delta=None"):
         make_trainer(make_duo(target_accuracy=0.8)).test(
             Classifier(), loader(TEST), ckpt_path=path, verbose=False
         )
@@ -92,7 +77,7 @@ def test_checkpoints_carry_the_threshold(tmp_path: Path) -> None:
 def test_an_unreachable_target_accepts_nothing_and_says_so(tmp_path: Path) -> None:
     duo = make_duo(target_accuracy=0.99, delta=0.01)
     with pytest.warns(UserWarning, match="nothing is accepted"):
-        module, trainer = fitted(duo)
+        _, module, trainer = fitted(duo)
     assert duo.calibration.threshold.value == math.inf
     assert float(trainer.callback_metrics["duo/val_coverage"]) == 0
     assert not duo.module(TEST.tensors[0]).accept.any()
@@ -115,7 +100,7 @@ def test_an_unreachable_target_accepts_nothing_and_says_so(tmp_path: Path) -> No
 
 def test_without_a_target_everything_is_accepted() -> None:
     duo = make_duo()
-    _, trainer = fitted(duo)
+    trainer = fitted(duo).trainer
     assert duo.calibration.threshold is None
     assert duo.module(TEST.tensors[0]).accept.all()
     assert not any("threshold" in name or "coverage" in name for name in trainer.callback_metrics)
@@ -124,10 +109,10 @@ def test_without_a_target_everything_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_accuracy": 95}, "accuracy must be a fraction"),
-        ({"target_accuracy": 0}, r"accuracy must be in \(0, 1\]"),
-        ({"delta": 0.05}, "delta belongs to a target_accuracy"),
-        ({"target_accuracy": 0.9, "delta": 5}, "delta must be a probability"),
+        ({"target_accuracy": 95}, "accuracy must be .*fraction.*95"),
+        ({"target_accuracy": 0}, r"accuracy must be in \(0, 1\].* 0"),
+        ({"delta": 0.05}, "delta .*target_accuracy"),
+        ({"target_accuracy": 0.9, "delta": 5}, "delta .*5"),
         ({"target_accuracy": 1.0, "delta": 0.05}, "no number of samples guarantees"),
     ],
 )
@@ -150,7 +135,7 @@ class Images(CSVLogger):
 def test_figures_go_to_the_loggers_that_take_them(tmp_path: Path) -> None:
     board, images = TensorBoardLogger(tmp_path), Images(tmp_path)
     duo = make_duo(figures=True)
-    module, trainer = fitted(duo, logger=[board, images, CSVLogger(tmp_path)])
+    _, module, trainer = fitted(duo, logger=[board, images, CSVLogger(tmp_path)])
     trainer.test(module, loader(TEST), verbose=False)
     events = EventAccumulator(board.log_dir).Reload()
     expected = {f"duo/{stage}_{kind}" for stage in ("val", "test") for kind in KINDS}
@@ -166,7 +151,7 @@ def test_figures_go_to_the_loggers_that_take_them(tmp_path: Path) -> None:
 
 
 def test_figures_without_a_logger_for_them_are_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no logger of the Trainer takes figures"):
+    with pytest.warns(UserWarning, match=r"figures=True.*log_image"):
         fitted(make_duo(figures=True), logger=CSVLogger(tmp_path))
 
 
@@ -174,7 +159,7 @@ def test_figures_are_off_by_default_and_the_base_does_not_notice(tmp_path: Path)
     def run(**options: object) -> tuple[list, torch.Tensor]:
         L.seed_everything(5, verbose=False)
         logger = TensorBoardLogger(tmp_path, version=str(options))
-        module, _ = fitted(make_duo(**options), logger=logger)
+        module = fitted(make_duo(**options), logger=logger).module
         images = EventAccumulator(logger.log_dir).Reload().Tags()["images"]
         return images, torch.cat([p.flatten() for p in module.parameters()] + [torch.rand(4)])
 
@@ -188,7 +173,7 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     duo = make_duo(target_accuracy=0.7)
     with pytest.raises(MisconfigurationException, match="nothing to report"):
         duo.write_report(tmp_path / "report.html")
-    module, trainer = fitted(duo)
+    _, module, trainer = fitted(duo)
     page = duo.write_report(tmp_path / "val.html", resamples=20).read_text()
     assert "Asymmetric duo on the validation set" in page
     assert "also fitted the temperatures" in page

@@ -21,6 +21,7 @@ import pytest
 import torch
 from helpers import Classifier, Restless, digest, loader, make_trainer, small_images
 from lightning.pytorch.callbacks import ModelCheckpoint
+from subprocesses import PATHS
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -97,9 +98,9 @@ def train(folder: Path) -> dict[str, Any]:
         "start": started[0] if started else trainer.global_step,  # nothing was left to do
         "step": trainer.global_step,
         "base": digest([module.state_dict(), trainer.optimizers[0].state_dict()]),
-        "sidekick": digest(duo._sidekick.model.state_dict()),
-        "training": digest(duo._training_state),
-        "best": [duo._record.best.nll, duo._record.best.step, digest(duo._record.best.weights)],
+        "sidekick": digest(duo.sidekick.state_dict()),
+        "training": digest(duo.state_dict()["training"]),
+        "best": [duo.best.nll, duo.best.step, digest(duo.best.weights)],
         "temperatures": [*duo.fit.temperatures, duo.fitted_at_step],
         "threshold": list(duo.calibration.threshold),
         "metrics": digest(duo.results["val"]),
@@ -144,9 +145,8 @@ def serve() -> None:
 class Server:
     def __init__(self, log: Path) -> None:
         self.log, self.resumed = log, 0
-        script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script + "import test_faults; test_faults.serve()"],
+            [sys.executable, "-c", f"{PATHS}import test_faults; test_faults.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),

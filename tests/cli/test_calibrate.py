@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_logits
 from safetensors.torch import save_file
-from test_cli import MODELS, lightning_duo
+from subprocesses import MODELS, lightning_duo
 
 from lightning_duo import fit_temperatures, select_threshold
 from lightning_duo.calibration import Calibration

@@ -9,43 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import assert_same, run_file
+from subprocesses import MODELS, assert_same, lightning_duo, run_file
 from torch import nn
 
 from lightning_duo import DuoModule
 from lightning_duo.cli import main
 from lightning_duo.export import Format
 from lightning_duo.zoo import build_sidekick
-
-MODELS = """
-from torch import nn
-from torchvision.transforms import v2
-from lightning_duo.zoo import build_sidekick
-
-class Base(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 7))
-
-class Wide(nn.Linear):
-    def __init__(self, width):
-        super().__init__(width, 7)
-
-def sidekick():
-    return nn.Sequential(v2.Resize(24), build_sidekick("resnet10t", 7, pretrained=False))
-
-def number():
-    return 7
-
-def broken():
-    return {}["weights"]
-"""
-
-
-def lightning_duo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = str(Path(sys.executable).with_name("lightning-duo"))
-    return subprocess.run(
-        [command, *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
 
 
 def in_a_folder(folder: Path) -> DuoModule:

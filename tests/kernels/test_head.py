@@ -1,19 +1,18 @@
 """The duo head against float64, on every path: plain PyTorch, compiled, and the Triton kernel.
 
-The kernel runs on CUDA where there is a GPU; without one, tests/test_triton.py runs this file
+The kernel runs on CUDA where there is a GPU; without one, test_triton.py beside it runs this file
 again under Triton's interpreter, where the same calls go through the kernel.
 """
 
 import pytest
 import torch
-from helpers import DEVICES, INTERPRETED, make_logits
+from helpers import DEVICES, INF, INTERPRETED, NAN, edge_rows, make_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_duo_kernels import duo_head
 
-INF, NAN = torch.inf, torch.nan
 not_interpreted = pytest.mark.skipif(
     INTERPRETED, reason="torch.compile and the interpreter do not go together"
 )
@@ -137,22 +136,6 @@ def test_properties(
     torch.testing.assert_close(permuted.entropy, head.entropy)
     alone = duo_head(base, sidekick, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(alone.probs, base.softmax(1))
-
-
-def edge_rows(classes: int) -> tuple[Tensor, Tensor, dict[str, tuple[int, int, bool]]]:
-    """Logits, and per row: prediction, prediction of UQ only, whether a softmax exists."""
-    base, sidekick = torch.zeros(2, 9, classes)
-    base[:, 1], sidekick[:, 2] = 1.5, 3.0
-    want = {"usual": (2, 1, True)}
-    base[1, 4], want["NaN in the base"] = NAN, (4, 4, False)
-    sidekick[2, 5], want["NaN in the sidekick"] = NAN, (5, 1, False)
-    base[3, 5], base[3, 3], want["NaN and inf"] = NAN, INF, (3, 3, False)
-    base[4], sidekick[4], want["all masked"] = -INF, -INF, (0, 0, False)
-    base[5, 1], sidekick[5, 2], want["masked by either"] = -INF, -INF, (0, 0, True)
-    base[6, 1], base[6, 3], want["mask beats the largest"] = -INF, 9.0, (3, 3, True)
-    base[7], sidekick[7], want["ties"] = 1.0, 1.0, (0, 0, True)
-    base[8, 0], sidekick[8, 0], want["opposite infinities"] = INF, -INF, (2, 0, True)
-    return base, sidekick, want
 
 
 EDGE_CLASSES = (6, 1001, 17000)

@@ -1,19 +1,18 @@
 """The fit's pass against automatic differentiation in float64, in plain PyTorch and as a kernel.
 
-The kernel runs on CUDA where there is a GPU; without one, tests/test_triton.py runs this file
+The kernel runs on CUDA where there is a GPU; without one, test_triton.py beside it runs this file
 again under Triton's interpreter, where the same calls go through the kernel.
 """
 
 import pytest
 import torch
-from helpers import DEVICES, INTERPRETED, make_logits
+from helpers import DEVICES, INF, INTERPRETED, make_logits
 from torch import Tensor
 
 from lightning_duo import fit_temperatures
 from lightning_duo_kernels import nll
 from lightning_duo_kernels.nll import NllSums, Point, nll_sums
 
-INF = torch.inf
 BOTH = (True, True)
 
 

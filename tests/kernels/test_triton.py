@@ -29,7 +29,7 @@ def test_the_kernel_passes_the_tests_under_the_interpreter(file: str) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:]
