@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from lightning_duo.base import LogitsFn
 from lightning_duo.batch import BatchFn
 from lightning_duo.calibration import check_request
-from lightning_duo.evaluation import HIGHER_IS_BETTER
+from lightning_duo.evaluation import MEASURES
 from lightning_duo.report import check_matplotlib
 from lightning_duo.zoo import SidekickSource, check_source
 
@@ -145,11 +145,11 @@ class Options:
 def _known_metrics(asked: MetricNames) -> tuple[str, ...]:
     """The metrics to log, in the order of the table of all."""
     if asked == "all":
-        return tuple(HIGHER_IS_BETTER)
-    unknown = {asked} if isinstance(asked, str) else set(asked) - set(HIGHER_IS_BETTER)
+        return tuple(MEASURES)
+    unknown = {asked} if isinstance(asked, str) else set(asked) - set(MEASURES)
     if unknown:
         raise ValueError(
-            f'metrics must be "all" or names among {", ".join(HIGHER_IS_BETTER)}, such as '
+            f'metrics must be "all" or names among {", ".join(MEASURES)}, such as '
             f'metrics=("nll", "aurc"); got {asked!r}'
         )
-    return tuple(metric for metric in HIGHER_IS_BETTER if metric in asked)
+    return tuple(metric for metric in MEASURES if metric in asked)

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import FORMS, Options
 from lightning_duo.callback.sidekick import check_model
-from lightning_duo.evaluation import HIGHER_IS_BETTER
+from lightning_duo.evaluation import MEASURES
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
@@ -106,7 +106,7 @@ def check_monitors(trainer: Trainer, options: Options) -> None:
         own = name if isinstance(name, str) and name.startswith(options.prefix) else ""
         bare = own.removeprefix(options.prefix).partition("/dataloader_idx_")[0]
         form, _, metric = bare.partition("/val_")
-        if bare in logged or metric not in HIGHER_IS_BETTER or form not in FORMS:
+        if bare in logged or metric not in MEASURES or form not in FORMS:
             continue
         raise MisconfigurationException(
             f"{who} monitors {name!r}, which is not logged; pass DuoCallback(..., "

@@ -22,7 +22,7 @@ from lightning_duo.callback.samples import Collected, Processes
 from lightning_duo.callback.sidekick import sidekick_logits
 from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import (
-    HIGHER_IS_BETTER,
+    MEASURES,
     DuoMetrics,
     Predictions,
     measure,
@@ -163,7 +163,7 @@ class Stage(ABC):
     ) -> None:
         """Measure and log what all forms say of each loader, and keep it in the run."""
         run = self.run
-        hidden = set(HIGHER_IS_BETTER) - set(run.options.metrics)
+        hidden = set(MEASURES) - set(run.options.metrics)
         for loader, found in predictions.items():
             results = {form: measure(predicted) for form, predicted in found.items()}
             if threshold is not None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_duo import DuoCallback
-from lightning_duo.evaluation import HIGHER_IS_BETTER
+from lightning_duo.evaluation import MEASURES
 
 TRAIN, VAL = small_images(96, 1), small_images(80, 2)
 FORMS = ("base", "base_scaled", "sidekick", "duo")
@@ -232,13 +232,13 @@ def logged(duo: DuoCallback, *beside: L.Callback) -> set[str]:
         (None, ("accuracy", "nll", "brier", "ece", "aurc", "sac98")),
         (("f1", "nll"), ("nll", "f1")),
         ([], ()),
-        ("all", tuple(HIGHER_IS_BETTER)),
+        ("all", tuple(MEASURES)),
     ],
 )
 def test_what_is_asked_for_is_logged_and_results_hold_all(asked: object, metrics: tuple) -> None:
     duo = make_duo() if asked is None else make_duo(metrics=asked)
     assert logged(duo) == {f"{form}/val_{metric}" for form in FORMS for metric in metrics}
-    assert set(duo.results["val"]["duo"]) == set(HIGHER_IS_BETTER)
+    assert set(duo.results["val"]["duo"]) == set(MEASURES)
     assert set(duo.options.metrics) == set(metrics)
 
 
@@ -342,7 +342,7 @@ def test_the_models_of_a_duo_return_what_they_themselves_return() -> None:
 def test_options_are_what_was_asked_and_frozen() -> None:
     duo = make_duo(target_accuracy=0.9, metrics="all")
     assert duo.options.target_accuracy == 0.9
-    assert duo.options.metrics == tuple(HIGHER_IS_BETTER)
+    assert duo.options.metrics == tuple(MEASURES)
     with pytest.raises(AttributeError):
         duo.options.target_accuracy = 0.8
 
