@@ -111,16 +111,19 @@ def print_summary(
 ) -> None:
     """Print the table, and what the duo accepts.
 
+    The lines go to rich's own console. Lightning draws its bar there too, so a bar that is still
+    live moves down below them.
+
     Args:
         results: Model -> metric -> value.
         calibration: Temperatures and threshold of the duo.
         data: What was measured, as in "the test set".
         balance: FLOPs balance, or None if it is not known.
     """
-    from rich.console import Console
+    from rich import get_console
     from rich.markup import escape
 
-    console = Console()
+    console = get_console()
     console.print(summary_table(results, calibration.fit, data=data, balance=balance))
     console.print(gain_sentence(results, calibration.fit, balance), highlight=False)
     if sentence := threshold_sentence(calibration):
