@@ -91,8 +91,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     first, second, sample = _pair_to_measure(base, sidekick, input_size, classes, where, dtype)
-    free = free_memory() if where == "cpu" else None
-    if batch is not None and free is not None and batch * sample.nbytes > free:
+    if batch and where == "cpu" and batch * sample.nbytes > (free := free_memory()):
         raise ValueError(
             f"--batch {batch}: such a batch of {_shape_text(sample)} takes "
             f"{batch * sample.nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"

@@ -1,5 +1,6 @@
 """How much memory a call takes, and the largest batch that fits."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def largest_batch(
 
     def fits(size: int) -> bool:
         if not sample.is_cuda:
-            return free is None or used + (size - 1) * more <= SHARE_OF_MEMORY * free
+            return used + (size - 1) * more <= SHARE_OF_MEMORY * free
         try:
             run(size)()
         except torch.OutOfMemoryError:
@@ -106,47 +107,37 @@ def peak_memory(method: Callable[[], object], device: str | torch.device = "cpu"
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    try:
-        _trim()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-        before = _status("VmRSS")
-        method()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can."""
-    import ctypes
-    import gc
+    import psutil
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _status(field: str) -> int:
-    """Bytes that Linux states for this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def free_memory() -> int | None:
-    """Bytes that this machine could still give, where Linux says it; the container's, if less."""
+    psutil.heap_trim()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+        before = int(psutil.Process().memory_info().rss)
+        method()
+        # psutil does not give the peak, which only this file resets and states.
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return max(0, 1024 * peak - before)
+
+
+def free_memory() -> int:
+    """Bytes that this machine could still give; the container's, if less.
+
+    psutil knows the machine only, so the limit of a container is read from its control group.
+    """
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            stated = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
-            free = min(free, int(limit) - used + int(stated.get("inactive_file", 0)))
+        if limit == "max":
+            return free
+        used = int((group / "memory.current").read_text())
+        stated = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
     except OSError:
-        pass
-    return free
+        return free
+    return min(free, int(limit) - used + int(stated.get("inactive_file", 0)))
