@@ -134,6 +134,7 @@ def check_logits(logits: Logits, names: Logits = NAMES) -> Logits:
         )
     targets = _class_indices(targets, len(base), base.shape[1], names)
     found = Logits(base, sidekick, targets)
+    _refuse_targets(found, names)
     _warn_of_probabilities(found, names)
     _warn_of_order(found, names)
     return found
@@ -189,6 +190,20 @@ def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -
             f"got {low}..{high}, first outside in rows {_first(bad)} (counted from 0){hint}"
         )
     return targets
+
+
+def _refuse_targets(logits: Logits, names: Logits) -> None:
+    """Refuse a column of targets among the logits, which would count as a further class."""
+    low, high = int(logits.targets.min()), int(logits.targets.max())
+    for name, values in zip(names[:2], logits[:2], strict=True):
+        if low == high or high == values.shape[1] - 1:
+            continue  # the column may be a logit by chance, or there is no class too many
+        same = (values == logits.targets[:, None]).all(0)
+        if same.any():
+            raise ValueError(
+                f"column {_first(same)[0]} of {name} (counted from 0) holds the targets; logits "
+                "must have one column per class and no other, so leave it out"
+            )
 
 
 def _warn_of_probabilities(logits: Logits, names: Logits) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_duo.arrays import read_array
 from lightning_duo.logits import Logits, check_logits, collect_logits, read_logits
 
 BASE, SIDEKICK, TARGETS = make_logits(200, 5, seed=3)
@@ -79,6 +80,22 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
         read_logits(str(base), str(base), str(tmp_path / "t.csv"))
 
 
+def test_csv_headers_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "logits.csv"
+    names = ["tench, Tinca tinca", "b", "c", "d", "e"]
+    rows = "".join(",".join(map(str, row)) + "\n" for row in BASE.tolist())
+    np.savetxt(path, BASE.numpy(), delimiter=",", header=",".join("abcde"))
+    contents = [
+        path.read_text(),  # NumPy's header begins with a hash
+        ",".join(f'"{name}"' for name in names) + "\n" + rows,
+        rows.replace("\n", "\r\n") + "\r\n  \r\n",
+        "\ufeff" + rows.removesuffix("\n"),
+    ]
+    for content in contents:
+        path.write_bytes(content.encode())
+        torch.testing.assert_close(read_array(str(path)).float(), BASE)
+
+
 @pytest.mark.filterwarnings("ignore:.*input contained no data")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
@@ -88,8 +105,24 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
         ("pickle.npy", "object", "pickle.npy cannot be read as .npy: .*pickle"),
         ("broken.npz", b"PK", "broken.npz cannot be read as .npz"),
         ("broken.safetensors", b"123", "broken.safetensors cannot be read as .safetensors"),
+        ("whole.csv", b"0,1\n1,0\n", "may number the columns or be a sample, .* names, or write"),
         ("words.csv", b"0,1\n0,one\n", "words.csv cannot be read as .csv: .*one"),
-        ("ragged.csv", b"0.5,1\n0\n", "ragged.csv cannot be read as .csv"),
+        (
+            "ragged.csv",
+            b"0.5,1\n0\n",
+            r"ragged.csv cannot be .* first line has 2 cells, line 2 has 1",
+        ),
+        ("long.csv", b"a,b\n0.5,1\n0,1,2\n", "first line has 2 cells, line 3 has 3"),
+        ("index.csv", b"a,b\n7,0.5,1\n4,0,2\n", "first line has 2 cells, line 2 has 3"),
+        ("title.csv", b"# logits\n0.5,1\n0,2\n", "first line has 1 cells, line 2 has 2"),
+        ("blank.csv", b"0.5,1\n\n0,2\n", "line 2 is blank and others follow"),
+        ("spaces.csv", b"a,b\n0.5,1\n  \n0,2\n", "line 3 is blank and others follow"),
+        ("first.csv", b"\n0.5,1\n0,2\n", "line 1 is blank and others follow"),
+        ("comment.csv", b"0.5,1\n#1,2\n0,2\n", "'#1' .*one sample: numbers .* no comments"),
+        ("half.csv", b"0.5,1\n0,2#3\n", "'2#3' .*no comments"),
+        ("top.csv", b"#0.5,1\n0,2\n", "'#0.5' .*no comments"),
+        ("mixed.csv", b"0,1,label\n0.5,1,0\n", r"first line holds numbers and words \('label'\)"),
+        ("na.csv", b"0.5,n/a\n0.5,1\n", r"numbers and words \('n/a'\); .* write numbers only"),
         ("empty.csv", b"", "empty.csv"),
         ("base.pt", b"", "base.pt must be a file of kind .npy, .npz, .safetensors or .csv"),
         ("two.npz", "two", r"two.npz holds the arrays \['a', 'b'\]; name one of them, as in"),
@@ -126,6 +159,12 @@ def changed(values: Tensor, row: int, value: float) -> Tensor:
     return values
 
 
+def beside(logits: Tensor, column: int = 5) -> Tensor:
+    """Logits with the targets in a column of their own."""
+    parts = [logits[:, :column], TARGETS[:, None].to(logits), logits[:, column:]]
+    return torch.cat(parts, dim=1)
+
+
 NAMES = Logits("b.npy", "s.npy", "t.npy")
 
 
@@ -145,6 +184,8 @@ NAMES = Logits("b.npy", "s.npy", "t.npy")
         ((BASE, SIDEKICK, TARGETS + 0.5), "t.npy must hold whole numbers, got .* in row 0"),
         ((BASE, SIDEKICK, TARGETS > 2), "t.npy must hold class indices, got booleans for 5"),
         ((BASE, SIDEKICK, nn.functional.one_hot(TARGETS)), "of one-hot rows take argmax"),
+        ((beside(BASE), beside(SIDEKICK), TARGETS), r"column 5 of b.npy .* holds the targets"),
+        ((BASE.new_zeros(200, 6), beside(SIDEKICK, 0), TARGETS), r"column 0 of s.npy .* leave it"),
     ],
 )
 def test_what_does_not_fit_is_named(logits: tuple[Tensor, ...], message: str) -> None:
