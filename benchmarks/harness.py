@@ -1,7 +1,7 @@
 """What all benchmarks share: options, rows in files, tables, growth and figures.
 
 A benchmark yields rows, plain dicts: the case (sizes, dtype, ...), the method, and what the
-library's `Timing.row` says of it. The clock is `lightning_duo.timing`: warm-up outside it,
+library's `Timing.row` says of it. The clock is `lightning_duo.cost.interleave`: warm-up outside it,
 synchronised, in turns, ratios turn by turn. Here the machine is written into every row, rows go to
 NAME.jsonl and NAME.csv as they come, and growth with size to NAME.growth.jsonl and NAME.png.
 """

@@ -127,9 +127,9 @@ class Calibration:
             found = cls.from_state_dict(state)
             if state["temperatures"] != found.temperatures._asdict():
                 raise ValueError(
-                    f"its temperatures {state['temperatures']} are not those of its fit, "
-                    f"{found.temperatures._asdict()}; it was edited: make a DuoModule with the "
-                    "temperatures of your choice instead"
+                    f"somebody edited it, as its temperatures {state['temperatures']} are not "
+                    f"those of its fit, {found.temperatures._asdict()}; to use temperatures of "
+                    "your own, pass them to DuoModule"
                 )
             return found
         except (KeyError, TypeError, ValueError) as error:
@@ -198,8 +198,8 @@ def calibrate_checked(
         )
     elif fit.temperatures == (0, 0):
         warnings.warn(
-            "both temperatures are 0: neither model tells anything about these targets; are rows "
-            "and classes in the same order?",
+            "both temperatures are 0, because neither model predicts these targets; check that "
+            "logits and targets have their rows and classes in the same order",
             stacklevel=3,
         )
     predictions = evaluate(*logits, fit)

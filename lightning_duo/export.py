@@ -146,8 +146,8 @@ def _traced(duo: DuoModule, example: Any) -> ExportedProgram:
                 raise RuntimeError(
                     f"torch.export cannot trace the {name}, {type(getattr(duo, name)).__name__}, "
                     f"for any batch size: {str(cause).strip().splitlines()[0]}; its forward must "
-                    "be tensor operations that depend on no value of a tensor and on no fixed "
-                    "batch size (of torchvision's transforms, take those of v2)"
+                    "not branch on the values of a tensor, nor assume a batch size (use "
+                    "torchvision.transforms.v2, not its older transforms)"
                 ) from error
         raise
     _check_other_batches(duo, program, example)
@@ -175,8 +175,8 @@ def _check_other_batches(duo: DuoModule, program: ExportedProgram, example: Any)
         if most is not None or not same:
             unlike = f"of {other}" if most is None else f"of more than {most}"
             raise RuntimeError(
-                f"base or sidekick does something else for a batch {unlike} than for the "
-                f"{size} samples it was traced with, so no file can hold it; make its forward "
+                f"base or sidekick computes something else for a batch {unlike} than for the "
+                f"{size} samples of its trace, so one file cannot serve both; make its forward "
                 "independent of the batch size"
             ) from cause
 
@@ -229,7 +229,7 @@ def _check(module: DuoModule, path: Path, format: str) -> None:
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if path.suffix != SUFFIX[format]:
-        raise ValueError(f"a file of format {format!r} is named *{SUFFIX[format]}, got {path}")
+        raise ValueError(f"a file of format {format!r} must be named *{SUFFIX[format]}, got {path}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the file to write")
     if format != "onnx":

@@ -167,8 +167,8 @@ def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -
         )
     if len(targets) != samples:
         raise ValueError(
-            f"{name} holds {len(targets)} targets, {names.base} {samples} rows; they must be of "
-            "the same samples"
+            f"{name} holds {len(targets)} targets, {names.base} {samples} rows; both must "
+            "describe the same samples"
             + (" (is a first line a header?)" if abs(len(targets) - samples) == 1 else "")
         )
     if targets.dtype == torch.bool and classes > 2:
@@ -212,8 +212,8 @@ def _warn_of_probabilities(logits: Logits, names: Logits) -> None:
         whole = 100.0 if float(sums[0]) > 10 else 1.0  # percent; rounding is allowed for
         if bool((values >= 0).all()) and bool(((sums / whole - 1).abs() < 0.05).all()):
             warnings.warn(
-                f"{name} seems to hold probabilities (rows of numbers >= 0 that sum to {whole:g}) "
-                "where logits belong; use the outputs before softmax, or their logarithms",
+                f"{name} seems to hold probabilities, not logits (its rows are >= 0 and sum to "
+                f"{whole:g}); use the outputs before softmax, or the probabilities' logarithms",
                 stacklevel=4,
             )
 
@@ -222,8 +222,8 @@ def _warn_of_order(logits: Logits, names: Logits) -> None:
     """Rows in another order than the targets agree with them as independent ones would."""
     if bool((logits.targets == logits.targets[0]).all()):
         warnings.warn(
-            f"{names.targets} holds one class only ({int(logits.targets[0])}), so there is nothing "
-            "to learn from it",
+            f"{names.targets} holds one class only ({int(logits.targets[0])}), so no fit to it "
+            "means anything; use samples of all classes",
             stacklevel=4,
         )
         return
@@ -232,9 +232,8 @@ def _warn_of_order(logits: Logits, names: Logits) -> None:
         one = bool((prediction == prediction[0]).all()) and int(prediction[0]) != commonest
         if one and len(prediction) >= 50 and bool((values != values[:, :1]).any()):
             warnings.warn(
-                f"{name} predicts class {int(prediction[0])} for every sample, and class "
-                f"{commonest} is the commonest; are its columns the logits of the classes, and "
-                "nothing else?",
+                f"{name} predicts class {int(prediction[0])} for every sample, although class "
+                f"{commonest} is the most frequent; check that each column is the logit of a class",
                 stacklevel=4,
             )
     above = [_above_chance(values, logits.targets) for values in logits[:2]]

@@ -167,9 +167,9 @@ class DuoModule(nn.Module):
             if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
                 what = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"{name} is no dense tensor with values ({what}), and the file of a duo holds "
-                    "nothing else; if it is a module's get_extra_state, let that return a tensor, "
-                    "or torch.save the duo's state_dict()"
+                    f"{name} is no dense tensor with values ({what}), and a duo file can hold "
+                    "nothing else; if a module's get_extra_state returns it, return a tensor "
+                    "there, or use torch.save(duo.state_dict(), path)"
                 )
             own = value.contiguous()
             # The format stores no aliases: tied weights are written once for every name.
@@ -240,7 +240,7 @@ def read_header(path: str | Path) -> tuple[Mode, dict[str, list[int]]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a duo saved by DuoModule.save ({error})") from error
     if metadata.get("format") != "lightning_duo/1":
-        raise ValueError(f"{path} is not a duo saved by DuoModule.save (no such metadata)")
+        raise ValueError(f"{path} is not a duo saved by DuoModule.save: it has no such metadata")
     mode = metadata["mode"]
     assert mode in get_args(Mode)
     return mode, shapes

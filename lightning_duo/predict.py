@@ -143,8 +143,8 @@ class PredictionWriter(BasePredictionWriter):
     def _merge(self, parts: list[Path], loaders: int) -> None:
         if missing := [str(part) for part in parts if not part.exists()]:
             raise FileNotFoundError(
-                f"the predictions of other processes are not there ({', '.join(missing)}); the "
-                "processes must write to a folder that all of them share"
+                f"other processes have written no predictions here ({', '.join(missing)} missing); "
+                "write to a folder that all processes share"
             )
         found = [dict(np.load(part)) for part in parts]
         found = [columns for columns in found if len(columns["index"])]
@@ -160,8 +160,8 @@ class PredictionWriter(BasePredictionWriter):
         same &= columns["index"][1:] >= 0
         if same.any():
             rank_zero_warn(
-                f"{int(same.sum())} samples were predicted more than once, as processes share data "
-                "where use_distributed_sampler=False; all are written"
+                f"{int(same.sum())} samples were predicted more than once, because processes read "
+                "the same data if use_distributed_sampler=False; the file holds every prediction"
             )
         if loaders == 1:
             del columns["loader"]
@@ -179,13 +179,13 @@ def _number(columns: Columns) -> None:
         if len(unknown) == len(rows):
             columns["index"][rows] = np.arange(len(rows))
             rank_zero_warn(
-                f"dataloader {loader} gives no indices of its samples, so their predictions are "
+                f"dataloader {loader} gives no indices of its samples; their predictions are "
                 "numbered as they came"
             )
         elif len(unknown):
             rank_zero_warn(
-                f"{len(unknown)} samples of dataloader {loader} are of batches of another size "
-                "than was asked for, so it is not known which they are; their index is -1"
+                f"{len(unknown)} samples of dataloader {loader} came in batches of another size "
+                "than its sampler chose, so their indices are unknown; the file says -1"
             )
 
 

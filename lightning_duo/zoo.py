@@ -29,7 +29,9 @@ def check_source(source: SidekickSource, weights: str | Path | None) -> None:
         TypeError: If the source is none of the supported kinds.
     """
     if weights is not None and not isinstance(source, str):
-        raise ValueError("weights= goes with a model name; load them into your own sidekick")
+        raise ValueError(
+            "weights= goes with a model name; load weights into your own sidekick yourself"
+        )
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"the sidekick's weights file {str(weights)!r} does not exist")
     if not isinstance(source, str):
@@ -174,7 +176,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"the weights in {path} are more than tensors, so they are not loaded; save the "
+            f"{path} holds more than tensors, and loading other objects can run code; save the "
             f"model's state_dict() instead ({str(error).splitlines()[0]})"
         ) from error
     for key in ("state_dict", "model"):
@@ -182,7 +184,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"{path} holds no state dict (name -> tensor), but a {type(state).__name__}"
+            f"{path} holds no state dict (name -> tensor); it holds a {type(state).__name__}"
         )
     # Left by DistributedDataParallel and torch.compile.
     return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}

@@ -99,7 +99,7 @@ def test_what_cannot_work_well_is_warned_of() -> None:
         calibrate(perfect, perfect, TARGETS)
     with pytest.warns(UserWarning, match="50 samples are few"):
         calibrate(BASE[:50], SIDEKICK[:50], TARGETS[:50])
-    with pytest.warns(UserWarning, match="neither model tells anything"):
+    with pytest.warns(UserWarning, match="neither model predicts these targets"):
         calibrate(-BASE, -SIDEKICK, TARGETS)
     with pytest.raises(ValueError, match="base_logits must be a tensor"):
         calibrate(BASE.numpy(), SIDEKICK.numpy(), TARGETS.numpy())

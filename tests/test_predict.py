@@ -136,7 +136,7 @@ def test_indices_are_those_of_the_dataset_or_none(tmp_path: Path) -> None:
         return [torch.stack(part) for part in zip(*samples[len(samples) == 2 :], strict=True)]
 
     smaller = DataLoader(DATA, 16, collate_fn=without_the_first)  # the last batch has 2 samples
-    with pytest.warns(UserWarning, match="1 samples of dataloader 0 are of batches"):
+    with pytest.warns(UserWarning, match="1 samples of dataloader 0 came in batches"):
         make_trainer(PredictionWriter(path)).predict(DuoPredictor(duo), smaller)
     assert indices(path) == [*range(48), -1]
 

@@ -83,7 +83,7 @@ def bench(
         }
     )
     if threads is not None and threads > (cores := os.cpu_count() or 1):
-        raise ValueError(f"--threads is at most the number of cores, {cores}, got {threads}")
+        raise ValueError(f"--threads must be at most the number of cores, {cores}, got {threads}")
     check_outputs({"--output": (output, ".jsonl")})
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
@@ -94,7 +94,8 @@ def bench(
     if batch and where == "cpu" and batch * sample.nbytes > (free := free_memory()):
         raise ValueError(
             f"--batch {batch}: such a batch of {_shape_text(sample)} takes "
-            f"{batch * sample.nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+            f"{batch * sample.nbytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free; pass "
+            "fewer samples"
         )
     counted = compare_counters(first, second, sample)
     limit = "as asked"
@@ -131,10 +132,11 @@ def bench(
         *overhead_text(rows, counted),
         f"Batch {batch}: {limit}; --batch sets another. {machine['hardware']}, threads: "
         f"{machine['threads']}, PyTorch {machine['torch']}.",
-        f"Time / base is taken in each of {turns} turns or more: median, and 20 % - 80 %. Times "
-        "and throughputs are medians of their own and drift with what else runs: do not divide "
-        "them. What is compiled is set against the compiled base; AOTInductor's duo too, whose "
-        "calls cost less than those of torch.compile, which a base alone would gain by as well.",
+        f"Time / base is measured in each of {turns} turns or more; shown are the median and the "
+        "20 % and 80 % quantiles. Do not divide times or throughputs: each is a median of its own "
+        "and drifts with the load of the machine. Compiled variants are compared with the "
+        "compiled base, the AOTInductor duo too. Its calls cost less than those of torch.compile, "
+        "and the base would gain by that too.",
         sep="\n",
         highlight=False,
         markup=False,  # what compilers say may look like it
@@ -197,9 +199,9 @@ def _classes(name: str, model: "nn.Module", sample: "Tensor") -> int:
         except Exception as error:  # whatever a model may raise
             raise ValueError(
                 f"the {name} cannot run a batch of {batch} of random {dtype} numbers of size "
-                f"{_shape_text(sample)}: {type(error).__name__}: {str(error).rstrip('.!')}. It is "
-                "called as model(batch): if it takes another size, pass --input_size or put it "
-                "behind a transform, if it takes something else, pass a function that wraps it"
+                f"{_shape_text(sample)}: {type(error).__name__}: {str(error).rstrip('.!')}. It was "
+                "called as model(batch). If it needs another size, pass --input_size or put it "
+                "behind a transform; if it needs other inputs, pass a function that wraps it"
             ) from error
         logits = as_logits(output)
         if logits is None or len(logits) != batch or logits.shape[1] < 2:

@@ -123,7 +123,8 @@ def report(
     same = found.fitted_on(predictions)
     if same:
         warnings.warn(
-            f"these are the samples that {temperatures} was fitted on; judge a duo on others",
+            f"these are the samples that {temperatures} was fitted on; judge the duo on held-out "
+            "samples",
             stacklevel=2,
         )
     _report(output, predictions, found, targets, held_out=not same, cost=cost, resamples=resamples)
@@ -137,7 +138,8 @@ def _cost(
         return None
     if base is None or sidekick is None or input_size is None:
         raise ValueError(
-            "the cost needs all of --base_model, --sidekick_model and --input_size, or none"
+            "the cost needs all of --base_model, --sidekick_model and --input_size; pass the "
+            "missing ones, or leave all three out"
         )
     import torch
 

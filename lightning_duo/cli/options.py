@@ -27,7 +27,7 @@ def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
         if path is None:
             continue
         if Path(path).suffix != suffix:
-            raise ValueError(f"{option} is named *{suffix}, got {path}")
+            raise ValueError(f"{option} must be named *{suffix}, got {path}")
         if suffix == ".html":
             from lightning_duo.report import check_matplotlib
 
@@ -38,14 +38,16 @@ def check_outputs(outputs: dict[str, tuple[str | None, str]]) -> None:
             raise ValueError(f"{option} {path} cannot be written: {error}") from error
         existing = Path(path) if Path(path).exists() else Path(path).parent
         if Path(path).is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(f"{option} {path} cannot be written: it is a folder, or protected")
+            raise ValueError(
+                f"{option} {path} cannot be written: it is a folder, or you lack the right to write"
+            )
 
 
 def check_numbers(numbers: dict[str, tuple[int | None, int]]) -> None:
     """Refuse numbers below the least that they may be; given are both, for each option."""
     for option, (value, least) in numbers.items():
         if value is not None and value < least:
-            raise ValueError(f"{option} is a number of at least {least}, got {value}")
+            raise ValueError(f"{option} must be at least {least}, got {value}")
 
 
 def parse_size(text: str) -> list[int]:
@@ -53,7 +55,9 @@ def parse_size(text: str) -> list[int]:
     sizes = text.split("x")
     numbers = all(size.isdecimal() and int(size) for size in sizes)
     if not numbers or math.prod(map(int, sizes)) > MOST_NUMBERS:
-        raise ValueError(f"--input_size is the size of one sample, such as 3x224x224; got {text}")
+        raise ValueError(
+            f"--input_size must be the size of one sample, such as 3x224x224; got {text}"
+        )
     return [int(size) for size in sizes]
 
 
@@ -95,7 +99,7 @@ def build_part(part: str, spec: str, duo: str) -> "nn.Module":
     if f"{part}.{name}" not in shapes:
         raise ValueError(
             f"the {part} in {duo} is not a {spec} alone ({part}.{name} is missing); pass --{part} "
-            "MODULE:FUNCTION, a function that builds it as it was, such as "
+            "MODULE:FUNCTION, a function that builds the saved module, for example "
             "nn.Sequential(transform, model)"
         )
     return build_model(part, spec, shapes[f"{part}.{name}"][0])
@@ -108,8 +112,8 @@ def _call(option: str, spec: str) -> "nn.Module":
     module, function = spec.split(":", 1)
     if not all(name.isidentifier() for name in (*module.split("."), function)):
         raise ValueError(
-            f"--{option} {spec}: MODULE:FUNCTION is written as in Python, such as "
-            "my_models:Classifier for class Classifier of my_models.py"
+            f"--{option} {spec} is not MODULE:FUNCTION, such as my_models:Classifier for the "
+            "class Classifier of my_models.py"
         )
     try:
         build = getattr(import_module(module), function)

@@ -88,7 +88,7 @@ def test_export_of_named_models_in_half_precision(tmp_path: Path) -> None:
         ({"duo": "none.safetensors"}, "none.safetensors"),
         ({"duo": "my_models.py"}, "my_models.py"),
         ({"duo": "."}, "there is no file ."),
-        ({"output": "duo.txt"}, "is named *.pt2, got duo.txt"),
+        ({"output": "duo.txt"}, "must be named *.pt2, got duo.txt"),
     ],
 )
 def test_mistakes_are_named(

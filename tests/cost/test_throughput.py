@@ -214,13 +214,13 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch", "0"], "--batch is a number of at least 1, got 0"),
-        (["--repeats", "1"], "--repeats is a number of at least 3, got 1"),
-        (["--output", "rows.csv"], r"--output is named *.jsonl, got rows.csv"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--repeats", "1"], "--repeats must be at least 3, got 1"),
+        (["--output", "rows.csv"], r"--output must be named *.jsonl, got rows.csv"),
         (["--output", "/dev/null/rows.jsonl"], "--output /dev/null/rows.jsonl cannot be written"),
         (["--output", "folder.jsonl"], "--output folder.jsonl cannot be written"),
-        (["--classes", "1"], "--classes is a number of at least 2, got 1"),
-        (["--threads", "99999"], "--threads is at most the number of cores"),
+        (["--classes", "1"], "--classes must be at least 2, got 1"),
+        (["--threads", "99999"], "--threads must be at most the number of cores"),
         (["--batch", "9" * 12], "such a batch of 3x176x176 takes 3.72e+08 GB"),
         (
             ["--input_size", "3x32"],
@@ -240,8 +240,8 @@ def test_the_command_line_measures_a_pair_in_a_fresh_process(tmp_path: Path) -> 
             ["--sidekick", "torchvision.models:resnet18", "--classes", "7"],
             "the base resnet10t has 7 classes and the sidekick torchvision.models:resnet18 1000",
         ),
-        (["--input_size", "wide"], "--input_size is the size of one sample"),
-        (["--input_size", "3x999999x999999"], "--input_size is the size of one sample"),
+        (["--input_size", "wide"], "--input_size must be the size of one sample"),
+        (["--input_size", "3x999999x999999"], "--input_size must be the size of one sample"),
     ],
 )
 def test_bad_options_are_named(options: list[str], message: str, tmp_path: Path) -> None:
