@@ -15,7 +15,15 @@ import torch
 from helpers import NUM_CLASSES, TEST, TRAIN, VAL, Classifier, loader, make_trainer, small_net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import StopAfter, compare, fitted, logits_of, make_duo, reference_fit
+from runs import (
+    StopAfter,
+    compare,
+    fitted,
+    is_of_the_duo,
+    logits_of,
+    make_duo,
+    reference_fit,
+)
 from subprocesses import PATHS
 from torch import Tensor, nn
 
@@ -203,8 +211,10 @@ def test_the_summary_says_what_was_gained(capsys: pytest.CaptureFixture) -> None
     assert f"{duo.results['val']['duo']['nll']:.3f}" in shown
 
 
-def test_progress_shows_in_the_users_bar() -> None:
-    assert "sidekick/train_nll" in fitted().trainer.progress_bar_metrics
+def test_the_sidekicks_loss_is_logged_and_leaves_the_users_bar_alone() -> None:
+    trainer = fitted().trainer
+    assert "sidekick/train_nll" in trainer.callback_metrics
+    assert not any(map(is_of_the_duo, trainer.progress_bar_metrics))
 
 
 # ---- mistakes ----
