@@ -31,12 +31,12 @@ def test_usual_batches_are_read(given: object) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"picture": X, "label": Y}, r"keys \['label', 'picture'\].*batch_fn="),
-        ({"image": X, "grade": Y}, r"keys \['grade', 'image'\]"),
-        (X, r"float32 tensor \(6, 3, 8, 8\)"),
-        ((X,), "a tuple of"),
-        ((X, [1, 2, 3]), r"a tuple of \['torch.float32 tensor \(6, 3, 8, 8\)', 'list'\]"),
-        ("abc", "got str"),
+        ({"picture": X, "label": Y}, r"\['label', 'picture'\].*batch_fn="),
+        ({"image": X, "grade": Y}, r"\['grade', 'image'\].*batch_fn="),
+        (X, r"got torch.float32 tensor \(6, 3, 8, 8\).*batch_fn="),
+        ((X,), r"tuple of \['torch.float32 tensor \(6, 3, 8, 8\)'\]"),
+        ((X, [1, 2, 3]), r"tuple of \['torch.float32 tensor \(6, 3, 8, 8\)', 'list'\]"),
+        ("abc", "got str.*batch_fn="),
     ],
 )
 def test_unreadable_batches_say_what_was_seen(given: object, message: str) -> None:
@@ -47,13 +47,13 @@ def test_unreadable_batches_say_what_was_seen(given: object, message: str) -> No
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (nn.functional.one_hot(Y, 4), "one-hot and multi-label targets are not supported"),
-        (torch.rand(6, 4), "soft"),
-        (Y.float(), "an integer dtype"),
-        (Y[:, None], r"squeeze\(1\)"),
-        (Y.bool(), "an integer dtype"),
-        (Y + 1, r"must be in 0\.\.3 for 4 classes, got 1\.\.4"),
-        (Y - 1, r"got -1\.\.2"),
+        (nn.functional.one_hot(Y, 4), r"int64 .*\(6, 4\).*one-hot.*multi-label"),
+        (torch.rand(6, 4), r"float32 .*\(6, 4\).*soft"),
+        (Y.float(), r"integer dtype.*float32 .*\(6,\)"),
+        (Y[:, None], r"\(6, 1\).*squeeze\(1\)"),
+        (Y.bool(), r"integer dtype.*torch\.bool"),
+        (Y + 1, r"0\.\.3 .*4 classes.*1\.\.4.*batch_fn="),
+        (Y - 1, r"0\.\.3 .*4 classes.*-1\.\.2"),
     ],
 )
 def test_targets_that_are_no_class_indices(targets: Tensor, message: str) -> None:

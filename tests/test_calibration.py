@@ -70,14 +70,14 @@ def test_the_duo_of_two_trained_models_and_a_loader_is_that_of_the_callback() ->
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="delta belongs to a target_accuracy"):
+    with pytest.raises(ValueError, match=r"delta .*target_accuracy"):
         calibrate(BASE, SIDEKICK, TARGETS, delta=0.1)
-    with pytest.raises(ValueError, match="accuracy must be a fraction"):
+    with pytest.raises(ValueError, match=r"accuracy .*\[0, 1\].*95.*0\.95"):
         calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=95)
-    with pytest.raises(ValueError, match=r"sidekick_logits has NaN .*\[4\]"):
+    with pytest.raises(ValueError, match=r"sidekick_logits .*NaN .*1 of 500 .*\[4\]"):
         calibrate(BASE, SIDEKICK.index_fill(0, torch.tensor(4), torch.nan), TARGETS)
     found = calibrate(BASE, SIDEKICK, TARGETS)
-    with pytest.raises(ValueError, match="a temperatures file is named"):
+    with pytest.raises(ValueError, match=r"\*\.json.*temperatures\.yaml"):
         found.save(tmp_path / "temperatures.yaml")
     with pytest.raises(FileNotFoundError, match=r"none.json"):
         Calibration.load(tmp_path / "none.json")
@@ -89,19 +89,19 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         '{"format": "lightning_duo/calibration/1"}',
     ):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(ValueError, match=r"other\.json is no temperatures file"):
+        with pytest.raises(ValueError, match=r"other\.json .*Calibration\.save"):
             Calibration.load(tmp_path / "other.json")
 
 
 def test_what_cannot_work_well_is_warned_of() -> None:
     perfect = torch.eye(5)[TARGETS]
-    with pytest.warns(UserWarning, match="without error, so no finite temperatures are best"):
+    with pytest.warns(UserWarning, match="without error.*more samples"):
         calibrate(perfect, perfect, TARGETS)
-    with pytest.warns(UserWarning, match="50 samples are few"):
+    with pytest.warns(UserWarning, match="50 samples .*several hundred"):
         calibrate(BASE[:50], SIDEKICK[:50], TARGETS[:50])
-    with pytest.warns(UserWarning, match="neither model predicts these targets"):
+    with pytest.warns(UserWarning, match="neither model .*same order"):
         calibrate(-BASE, -SIDEKICK, TARGETS)
-    with pytest.raises(ValueError, match="base_logits must be a tensor"):
+    with pytest.raises(ValueError, match=r"base_logits .*torch\.as_tensor.*ndarray"):
         calibrate(BASE.numpy(), SIDEKICK.numpy(), TARGETS.numpy())
 
 
@@ -138,5 +138,5 @@ def test_a_file_that_was_edited_is_refused(tmp_path: Path) -> None:
     state = json.loads(path.read_text())
     state["temperatures"]["base"] = 9
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="are not those of its fit"):
+    with pytest.raises(ValueError, match=r"found\.json .*edited.*'base': 9.*DuoModule"):
         Calibration.load(path)

@@ -149,7 +149,7 @@ def test_inputs_may_be_mappings_and_half_precision(tmp_path: Path) -> None:
     result = run_file(path, "onnx", {"y": torch.randn(5, 3, 8, 8)})[0]["y"]
     assert result.probs.shape == (5, 4)
     duo = duo.bfloat16()
-    with pytest.raises(ValueError, match="does not run bfloat16"):
+    with pytest.raises(ValueError, match=r"bfloat16"):
         export_duo(duo, tmp_path / "duo.onnx", x, format="onnx")
 
 
@@ -192,7 +192,7 @@ def test_models_that_depend_on_the_batch_size_are_refused(
     special: Callable[[int], bool], format: Format, tmp_path: Path
 ) -> None:
     duo = DuoModule(small_net(), Sized(special), (1.0, 2.0))
-    with pytest.raises(RuntimeError, match="independent of the batch size"):
+    with pytest.raises(RuntimeError, match=r"batch size"):
         export_duo(duo, tmp_path / f"duo{SUFFIX[format]}", torch.randn(3, 3, 8, 8), format=format)
     assert list(tmp_path.iterdir()) == []
 
@@ -208,25 +208,25 @@ def test_bad_input_is_named_and_leaves_no_file(tmp_path: Path) -> None:
     duo, x = DuoModule(small_net(), small_net(), (1.0, 0.5)), torch.randn(2, 3, 8, 8)
     path, folder = tmp_path / "duo.pt2", tmp_path / "folder.pt2"
     folder.mkdir()
-    with pytest.raises(TypeError, match="exports a DuoModule, got Sequential"):
+    with pytest.raises(TypeError, match=r"DuoModule.*Sequential"):
         export_duo(small_net(), path, x)
-    with pytest.raises(ValueError, match="format must be one of"):
+    with pytest.raises(ValueError, match=r"format .*'torchscript'"):
         export_duo(duo, path, x, format="torchscript")
-    with pytest.raises(ValueError, match=r"named \*.pt2, got .*duo.onnx"):
+    with pytest.raises(ValueError, match=r"\*\.pt2.*duo\.onnx"):
         export_duo(duo, tmp_path / "duo.onnx", x)
-    with pytest.raises(ValueError, match=r"must be a batch.*got sizes of no tensor"):
+    with pytest.raises(ValueError, match=r"example_input .*batch.*no tensor"):
         export_duo(duo, path, 3.0)
-    with pytest.raises(ValueError, match="must be a batch"):
+    with pytest.raises(ValueError, match=r"example_input .*batch"):
         export_duo(duo, path, x[:0])
-    with pytest.raises(ValueError, match="cannot run example_input"):
+    with pytest.raises(ValueError, match=r"cannot run example_input"):
         export_duo(duo, path, x[:, :2])
-    with pytest.raises(ValueError, match="is a folder; name the file"):
+    with pytest.raises(ValueError, match=r"folder\.pt2 is a folder"):
         export_duo(duo, folder, x)
-    with pytest.raises(ValueError, match="example_input is on meta, the duo on cpu"):
+    with pytest.raises(ValueError, match=r"example_input .*meta.*cpu"):
         export_duo(duo, path, x.to("meta"))
     for name in ("base", "sidekick"):
         members = {"base": Wrapped(), "sidekick": Wrapped(), name: Stubborn()}
-        with pytest.raises(RuntimeError, match=f"cannot trace the {name}, Stubborn"):
+        with pytest.raises(RuntimeError, match=rf"trace the {name}\b.*Stubborn"):
             export_duo(DuoModule(**members, temperatures=(1.0, 0.5)), path, x)
     assert [*tmp_path.iterdir()] == [folder]
 

@@ -59,7 +59,7 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
     base, targets = tmp_path / "base.csv", write(tmp_path, ".npy", "targets", TARGETS)
     rows = "".join(",".join(map(str, row)) + "\n" for row in BASE.tolist())
     base.write_text("0,1,2,3,4\n" + rows)
-    with pytest.warns(UserWarning, match=r"base\.csv numbers the columns .* taken for a header"):
+    with pytest.warns(UserWarning, match=r"first line .*base\.csv.*header"):
         found = read_logits(str(base), str(base), targets)
     torch.testing.assert_close(found.base.float(), BASE)
     numbered = "".join(f"{i},{line}\n" for i, line in enumerate(rows.splitlines()))
@@ -68,15 +68,15 @@ def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
         read_logits(str(base), str(base), targets)
     for header in ("", ",a,b,c,d,e\n", "id,a,b,c,d,e\n"):
         base.write_text(header + numbered)
-        with pytest.raises(ValueError, match=r"base\.csv .* first column counts the rows"):
+        with pytest.raises(ValueError, match=r"base\.csv .*first column.*index=False"):
             read_logits(str(base), str(base), targets)
     shuffled = "".join(f"{7 * i % 200},{line}\n" for i, line in enumerate(rows.splitlines()))
     base.write_text(",a,b,c,d,e\n" + shuffled)
-    with pytest.raises(ValueError, match=r"base\.csv .* first column has no name, as an index"):
+    with pytest.raises(ValueError, match=r"base\.csv .*first column.* no name.*index=False"):
         read_logits(str(base), str(base), targets)
     (tmp_path / "t.csv").write_text("0\n" + "".join(f"{t}\n" for t in TARGETS.tolist()))
     base.write_text("a,b,c,d,e\n" + rows)
-    with pytest.raises(ValueError, match=r"201 targets.*is a first line a header"):
+    with pytest.raises(ValueError, match=r"t\.csv .*201 targets.*base\.csv 200 rows.*header"):
         read_logits(str(base), str(base), str(tmp_path / "t.csv"))
 
 
@@ -100,11 +100,11 @@ def test_csv_headers_as_other_programs_write_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.npy", None, "there is no file .*none.npy"),
-        ("text.npy", b"these are no numbers", "text.npy cannot be read as .npy"),
-        ("pickle.npy", "object", "pickle.npy cannot be read as .npy: .*pickle"),
-        ("broken.npz", b"PK", "broken.npz cannot be read as .npz"),
-        ("broken.safetensors", b"123", "broken.safetensors cannot be read as .safetensors"),
+        ("none.npy", None, "no file .*none.npy"),
+        ("text.npy", b"these are no numbers", r"text\.npy .*\.npy: "),
+        ("pickle.npy", "object", r"pickle\.npy .*\.npy: .*allow_pickle"),
+        ("broken.npz", b"PK", r"broken\.npz .*\.npz: "),
+        ("broken.safetensors", b"123", r"broken\.safetensors .*\.safetensors: .*header"),
         ("whole.csv", b"0,1\n1,0\n", "may number the columns or be a sample, .* names, or write"),
         ("words.csv", b"0,1\n0,one\n", "words.csv cannot be read as .csv: .*one"),
         (
@@ -124,12 +124,12 @@ def test_csv_headers_as_other_programs_write_them(tmp_path: Path) -> None:
         ("mixed.csv", b"0,1,label\n0.5,1,0\n", r"first line holds numbers and words \('label'\)"),
         ("na.csv", b"0.5,n/a\n0.5,1\n", r"numbers and words \('n/a'\); .* write numbers only"),
         ("empty.csv", b"", "empty.csv"),
-        ("base.pt", b"", "base.pt must be a file of kind .npy, .npz, .safetensors or .csv"),
-        ("two.npz", "two", r"two.npz holds the arrays \['a', 'b'\]; name one of them, as in"),
-        ("two.npz:c", "two", r"two.npz holds the arrays \['a', 'b'\]"),
-        ("text.npz", "text", "text.npz cannot be read as .npz: numbers are expected, it holds <U3"),
+        ("base.pt", b"", r"base\.pt .*\.npy, \.npz, \.safetensors or \.csv"),
+        ("two.npz", "two", r"two\.npz .*\['a', 'b'\].*two\.npz:a"),
+        ("two.npz:c", "two", r"two\.npz .*\['a', 'b'\].*two\.npz:a"),
+        ("text.npz", "text", r"text\.npz .*numbers.*<U3"),
         ("folder.npy", "folder", "folder.npy is a folder"),
-        ("one.npy:a", "one", "holds one array, leave out ':a'"),
+        ("one.npy:a", "one", "one.npy .*one array.*':a'"),
     ],
 )
 def test_unreadable_files_are_named(
@@ -171,19 +171,22 @@ NAMES = Logits("b.npy", "s.npy", "t.npy")
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        ((BASE[:-1], SIDEKICK, TARGETS), r"s.npy has shape \(200, 5\), b.npy \(199, 5\)"),
-        ((BASE, SIDEKICK[:, :4], TARGETS), r"s.npy has shape \(200, 4\)"),
-        ((BASE, SIDEKICK, TARGETS[:9]), "t.npy holds 9 targets, b.npy 200 rows"),
-        ((BASE[:, 0], SIDEKICK, TARGETS), r"b.npy must hold logits of shape \(N, K\)"),
-        ((BASE[:0], SIDEKICK[:0], TARGETS[:0]), "b.npy must hold .* at least one sample"),
-        ((BASE, SIDEKICK.long(), TARGETS), "s.npy must hold floating-point logits"),
-        ((BASE, changed(SIDEKICK, 7, float("nan")), TARGETS), r"s.npy has NaN .* rows \[7\]"),
-        ((changed(BASE, 3, float("inf")), SIDEKICK, TARGETS), r"b.npy has NaN or \+inf .*\[3\]"),
-        ((BASE, SIDEKICK, TARGETS + 1), "t.npy must hold classes 0..4.*start at 1: subtract 1"),
-        ((BASE, SIDEKICK, TARGETS - 1), "t.npy must hold classes 0..4.*got -1..3"),
-        ((BASE, SIDEKICK, TARGETS + 0.5), "t.npy must hold whole numbers, got .* in row 0"),
-        ((BASE, SIDEKICK, TARGETS > 2), "t.npy must hold class indices, got booleans for 5"),
-        ((BASE, SIDEKICK, nn.functional.one_hot(TARGETS)), "of one-hot rows take argmax"),
+        ((BASE[:-1], SIDEKICK, TARGETS), r"s\.npy .*\(200, 5\), b\.npy \(199, 5\)"),
+        ((BASE, SIDEKICK[:, :4], TARGETS), r"s\.npy .*\(200, 4\), b\.npy \(200, 5\)"),
+        ((BASE, SIDEKICK, TARGETS[:9]), r"t\.npy .*9 targets, b\.npy 200 rows"),
+        ((BASE[:, 0], SIDEKICK, TARGETS), r"b\.npy .*\(N, K\).*\(200,\)"),
+        ((BASE[:0], SIDEKICK[:0], TARGETS[:0]), r"b\.npy .*at least one sample.*\(0, 5\)"),
+        ((BASE, SIDEKICK.long(), TARGETS), r"s\.npy .*floating-point.*int64"),
+        ((BASE, changed(SIDEKICK, 7, float("nan")), TARGETS), r"s\.npy .*NaN .*1 of 200 .*\[7\]"),
+        ((changed(BASE, 3, float("inf")), SIDEKICK, TARGETS), r"b\.npy .*\+inf .*1 of 200 .*\[3\]"),
+        ((BASE, SIDEKICK, TARGETS + 1), r"t\.npy .*0\.\.4.*1\.\.5.*subtract 1"),
+        ((BASE, SIDEKICK, TARGETS - 1), r"t\.npy .*0\.\.4.*-1\.\.3"),
+        ((BASE, SIDEKICK, TARGETS + 0.5), r"t\.npy .*whole numbers.*\.5 in row 0"),
+        ((BASE, SIDEKICK, TARGETS > 2), r"t\.npy .*indices.*booleans.* 5 classes"),
+        (
+            (BASE, SIDEKICK, nn.functional.one_hot(TARGETS)),
+            r"t\.npy .*\(200, 5\).*argmax",
+        ),
         ((beside(BASE), beside(SIDEKICK), TARGETS), r"column 5 of b.npy .* holds the targets"),
         ((BASE.new_zeros(200, 6), beside(SIDEKICK, 0), TARGETS), r"column 0 of s.npy .* leave it"),
     ],
@@ -210,13 +213,13 @@ ORDER = torch.randperm(200, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        ((BASE.softmax(1), SIDEKICK, TARGETS), "b.npy seems to hold probabilities"),
-        ((BASE, SIDEKICK.softmax(1), TARGETS), "s.npy seems to hold probabilities"),
-        (((100 * BASE.softmax(1)).round(), SIDEKICK, TARGETS), "b.npy seems .* sum to 100"),
-        ((BASE, SIDEKICK, TARGETS * 0 + 2), r"t.npy holds one class only \(2\)"),
-        ((BASE, SIDEKICK[ORDER], TARGETS), "s.npy predicts the targets no better than chance"),
-        ((BASE[ORDER], SIDEKICK, TARGETS), "b.npy predicts the targets no better than chance"),
-        ((BASE, SIDEKICK, TARGETS[ORDER]), "neither b.npy nor s.npy predicts t.npy"),
+        ((BASE.softmax(1), SIDEKICK, TARGETS), r"b\.npy .*probabilities.* 1\)"),
+        ((BASE, SIDEKICK.softmax(1), TARGETS), r"s\.npy .*probabilities.* 1\)"),
+        (((100 * BASE.softmax(1)).round(), SIDEKICK, TARGETS), r"b\.npy .*probabilities.* 100\)"),
+        ((BASE, SIDEKICK, TARGETS * 0 + 2), r"t\.npy .*one class.*\(2\)"),
+        ((BASE, SIDEKICK[ORDER], TARGETS), r"^s\.npy .*chance.*b\.npy .*order"),
+        ((BASE[ORDER], SIDEKICK, TARGETS), r"^b\.npy .*chance.*s\.npy .*order"),
+        ((BASE, SIDEKICK, TARGETS[ORDER]), r"b\.npy nor s\.npy .*t\.npy.*chance.*order"),
     ],
 )
 def test_probable_mistakes_are_warned_of(logits: tuple[Tensor, ...], message: str) -> None:
@@ -236,7 +239,7 @@ def test_weak_models_and_small_sets_are_not_warned_of() -> None:
 def test_a_column_that_outdoes_all_classes_is_warned_of() -> None:
     rest = torch.where(TARGETS == 0, 1, TARGETS)  # class 0 is not the commonest
     base = torch.cat([1000 + torch.randn(len(BASE), 1), BASE[:, 1:]], dim=1)
-    with pytest.warns(UserWarning, match="base_logits predicts class 0 for every sample"):
+    with pytest.warns(UserWarning, match="base_logits .*class 0 for every sample.*class 1"):
         check_logits(Logits(base, SIDEKICK, rest))
 
 
@@ -263,14 +266,14 @@ def test_models_are_run_over_a_loader_and_left_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "the data hold no batch"),
-        ([(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1]))], "a batch has 2 targets"),
-        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))], r"targets must be in 0\.\.3"),
-        ([torch.zeros(2, 3, 8, 8)], "cannot find inputs and targets"),
+        ([], "no batch"),
+        ([(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1]))], r"2 targets.*\(3, 4\)"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))], r"targets .*0\.\.3.*0\.\.4"),
+        ([torch.zeros(2, 3, 8, 8)], r"inputs and targets.*\(2, 3, 8, 8\).*batch_fn="),
     ],
 )
 def test_batches_that_do_not_fit(batches: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collect_logits(Classifier(), small_net(), batches)
-    with pytest.raises(ValueError, match="sidekick of a DuoModule must return"):
+    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits'"):
         collect_logits(Classifier(), nn.Identity(), DataLoader(small_images(4), 4))

@@ -208,13 +208,13 @@ def test_two_processes_one_of_them_empty_are_one(tmp_path: Path) -> None:
 def test_bad_samples_are_named_when_they_come(name: str) -> None:
     metric = CASES[name][0]()
     kind = type(metric).__name__
-    with pytest.raises(ValueError, match=f"{kind} expects confidence and correct of one shape"):
+    with pytest.raises(ValueError, match=rf"{kind} .*\(3,\) and \(1,\)"):
         metric.update(torch.rand(3), torch.tensor([True]))
-    with pytest.raises(ValueError, match=f"{kind} expects confidence and correct"):
+    with pytest.raises(ValueError, match=rf"{kind} .*\(3, 1\) and \(3, 1\)"):
         metric.update(torch.rand(3, 1), torch.ones(3, 1))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"confidence .*NaN"):
         metric.update(torch.tensor([torch.nan]), torch.tensor([True]))
-    with pytest.raises(ValueError, match="booleans"):
+    with pytest.raises(ValueError, match=r"correct .*booleans"):
         metric.update(torch.tensor([0.5]), torch.tensor([7]))
 
 
@@ -224,5 +224,5 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"targets in 0\.\.1"):
         metrics.Brier().update(torch.tensor([[0.5, 0.5]]), torch.tensor([2]))
     for metric, option, _ in SHARES.values():
-        with pytest.raises(ValueError, match=f"{option} must be a fraction"):
+        with pytest.raises(ValueError, match=rf"{option} .*\[0, 1\].* 98.*0\.98"):
             metric(**{option: 98})

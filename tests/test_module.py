@@ -87,7 +87,7 @@ def test_a_duo_of_compiled_models_is_saved_like_the_eager_one(tmp_path: Path) ->
 def test_loading_what_does_not_fit_says_so(tmp_path: Path) -> None:
     path = tmp_path / "duo.safetensors"
     make_duo().save(path)
-    with pytest.raises(ValueError, match="does not fit these modules"):
+    with pytest.raises(ValueError, match=r"(?s)duo\.safetensors .*fit.*size mismatch"):
         DuoModule.load(path, small_net(width=8), small_net())
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a duo saved by"):
@@ -216,11 +216,11 @@ def test_members_may_return_objects_and_other_dtypes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperatures": (1.0, -0.1)}, "at least 0"),
-        ({"temperatures": (1.0, float("nan"))}, "finite"),
-        ({"temperatures": (1.0,)}, "two finite numbers"),
-        ({"mode": "mean"}, "mode must be one of"),
-        ({"threshold": 98.0}, r"threshold must be a confidence in \[0, 1\]"),
+        ({"temperatures": (1.0, -0.1)}, r"temperatures .*at least 0.*\(1\.0, -0\.1\)"),
+        ({"temperatures": (1.0, float("nan"))}, r"temperatures .*finite.*\(1\.0, nan\)"),
+        ({"temperatures": (1.0,)}, r"temperatures .*two .*\(1\.0,\)"),
+        ({"mode": "mean"}, "mode .*'uq_only'.*'mean'"),
+        ({"threshold": 98.0}, r"threshold .*\[0, 1\].*98\.0"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
@@ -230,9 +230,9 @@ def test_bad_arguments_are_named(options: dict, message: str) -> None:
 
 
 def test_bad_members_are_named() -> None:
-    with pytest.raises(ValueError, match="give both the same number of classes"):
+    with pytest.raises(ValueError, match=r"\(64, 4\) and \(64, 5\).*classes"):
         DuoModule(small_net(4), small_net(5), (1.0, 1.0)).eval()(X)
-    with pytest.raises(ValueError, match="the sidekick of a DuoModule must return"):
+    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits'"):
         DuoModule(small_net(), nn.Identity(), (1.0, 1.0)).eval()(X)
 
 
@@ -264,7 +264,7 @@ def test_tensors_that_overlap_and_state_that_is_no_tensor(tmp_path: Path) -> Non
     again = DuoModule.load(tmp_path / "duo.safetensors", Overlapping(), nn.Linear(4, 3))
     x = torch.randn(2, 4)
     assert torch.equal(again(x).probs, duo(x).probs)
-    with pytest.raises(ValueError, match=r"base\._extra_state is no dense tensor .* \(dict\)"):
+    with pytest.raises(ValueError, match=r"base\._extra_state .*\(dict\)"):
         DuoModule(Extra(4, 3), nn.Linear(4, 3), (1.0, 0.5)).save(tmp_path / "extra.safetensors")
     assert not (tmp_path / "extra.safetensors").exists()
 

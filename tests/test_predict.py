@@ -77,21 +77,21 @@ def test_inputs_of_other_batches(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(images), 4, collate_fn=named)
     own = DuoPredictor(make_duo(), inputs_fn=lambda batch: batch["picture"])
     assert len(make_trainer().predict(own, data)) == 2
-    with pytest.raises(ValueError, match=r"keys \['picture'\]; pass inputs_fn"):
+    with pytest.raises(ValueError, match=r"\['picture'\].*inputs_fn="):
         make_trainer().predict(DuoPredictor(make_duo()), data)
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\*\.csv or \*\.npz, got 'out.parquet'"):
+    with pytest.raises(ValueError, match=r"\*\.csv or \*\.npz.*'out\.parquet'"):
         PredictionWriter("out.parquet")
-    with pytest.raises(TypeError, match=r"takes a DuoModule.*got Linear"):
+    with pytest.raises(TypeError, match=r"DuoModule.*Linear"):
         DuoPredictor(nn.Linear(2, 2))
 
     class Plain(Classifier):
         def predict_step(self, batch: list, batch_idx: int) -> Tensor:
             return self(batch[0])
 
-    with pytest.raises(TypeError, match=r"got Tensor from Plain; use trainer.predict\(DuoPred"):
+    with pytest.raises(TypeError, match=r"Tensor from Plain.*trainer\.predict\(DuoPredictor"):
         make_trainer(PredictionWriter(tmp_path / "out.csv")).predict(Plain(), loader(DATA))
 
 
@@ -125,7 +125,7 @@ def test_indices_are_those_of_the_dataset_or_none(tmp_path: Path) -> None:
 
     duo, path = make_duo(), tmp_path / "out.npz"
     both = [loader(DATA, shuffle=True), DataLoader(Stream(), 4)]
-    with pytest.warns(UserWarning, match="dataloader 1 gives no indices.*numbered as they came"):
+    with pytest.warns(UserWarning, match="dataloader 1 .*indices.*numbered"):
         make_trainer(PredictionWriter(path)).predict(DuoPredictor(duo), both)
     assert indices(path) == [*range(50), *range(10)]
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_indices_are_those_of_the_dataset_or_none(tmp_path: Path) -> None:
         return [torch.stack(part) for part in zip(*samples[len(samples) == 2 :], strict=True)]
 
     smaller = DataLoader(DATA, 16, collate_fn=without_the_first)  # the last batch has 2 samples
-    with pytest.warns(UserWarning, match="1 samples of dataloader 0 came in batches"):
+    with pytest.warns(UserWarning, match="1 samples of dataloader 0 .*-1"):
         make_trainer(PredictionWriter(path)).predict(DuoPredictor(duo), smaller)
     assert indices(path) == [*range(48), -1]
 
@@ -148,7 +148,7 @@ def test_parts_of_a_run_that_did_not_end_are_not_taken(tmp_path: Path) -> None:
 
     path = tmp_path / "out.npz"
     np.savez(tmp_path / "out.npz.part0.npz", index=np.arange(3))
-    with pytest.warns(UserWarning, match="nothing to predict"):
+    with pytest.warns(UserWarning, match=r"nothing to predict.*out\.npz"):
         make_trainer(PredictionWriter(path)).predict(
             DuoPredictor(make_duo()), DataLoader(Nothing(), 4)
         )

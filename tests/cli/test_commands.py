@@ -70,25 +70,22 @@ def test_export_of_named_models_in_half_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--input_size": "3,32,32"}, "such as 3x224x224; got 3,32,32"),
-        (
-            {"--input_size": "3x9x9"},
-            "the duo cannot run example_input",
-        ),
-        ({"--base": "my_modles:Base"}, "No module named 'my_modles'; name a class or function"),
-        ({"--base": "./my_models.py:Base"}, "such as my_models:Classifier"),
-        ({"--base": "my_models:broken"}, "called without arguments, fails: KeyError: 'weights'"),
+        ({"--input_size": "3,32,32"}, "3x224x224; got 3,32,32"),
+        ({"--input_size": "3x9x9"}, "cannot run example_input"),
+        ({"--base": "my_modles:Base"}, "No module named 'my_modles'"),
+        ({"--base": "./my_models.py:Base"}, "my_models:Classifier"),
+        ({"--base": "my_models:broken"}, "KeyError: 'weights'"),
         ({"--base": "my_models:Bass"}, "no attribute 'Bass'"),
-        ({"--base": "my_models:Wide"}, "fails: TypeError: Wide.__init__() missing 1 required"),
-        ({"--base": "my_models:number"}, "must give an nn.Module, got int"),
-        ({"--base": "resnet10t"}, "the base in duo.safetensors is not a resnet10t alone"),
+        ({"--base": "my_models:Wide"}, "TypeError: Wide.__init__() missing 1 required"),
+        ({"--base": "my_models:number"}, "nn.Module, got int"),
+        ({"--base": "resnet10t"}, "base in duo.safetensors"),
         ({"--sidekick": "resnet10t"}, "nn.Sequential(transform, model)"),
         ({"--sidekick": "resnet10tt"}, "resnet10t"),  # did you mean ...
-        ({"--sidekick": "my_models:Base"}, "does not fit these modules"),
+        ({"--sidekick": "my_models:Base"}, "sidekick.0.weight"),
         ({"duo": "none.safetensors"}, "none.safetensors"),
         ({"duo": "my_models.py"}, "my_models.py"),
         ({"duo": "."}, "there is no file ."),
-        ({"output": "duo.txt"}, "must be named *.pt2, got duo.txt"),
+        ({"output": "duo.txt"}, "*.pt2, got duo.txt"),
     ],
 )
 def test_mistakes_are_named(

@@ -175,7 +175,7 @@ def test_degenerate_samples_all_tied(correct: list[bool], expected: tuple[float,
 
 
 def test_undefined_fpr_says_why() -> None:
-    with pytest.warns(UserWarning, match=r"FPR at 95 % TPR is undefined \(NaN\): all 2 .* wrong"):
+    with pytest.warns(UserWarning, match=r"FPR at 95 % TPR .*NaN.* 2 .*wrong"):
         selective.fpr_at_tpr(torch.tensor([0.9, 0.5]), torch.zeros(2))
 
 
@@ -280,15 +280,15 @@ def test_bad_input_is_named(
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_fractions_out_of_range(value: float) -> None:
     confidence, correct = torch.tensor([0.5]), torch.tensor([True])
-    with pytest.raises(ValueError, match="accuracy must be a fraction"):
+    with pytest.raises(ValueError, match=rf"accuracy .*\[0, 1\].* {value}"):
         selective.coverage_at_accuracy(confidence, correct, value)
-    with pytest.raises(ValueError, match="coverage must be"):
+    with pytest.raises(ValueError, match=rf"coverage .*\[0, 1\].* {value}"):
         selective.accuracy_at_coverage(confidence, correct, value)
-    with pytest.raises(ValueError, match="tpr must be a fraction"):
+    with pytest.raises(ValueError, match=rf"tpr .*\[0, 1\].* {value}"):
         selective.fpr_at_tpr(confidence, correct, value)
-    with pytest.raises(ValueError, match=r"probabilities in \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"probabilities .*\[0, 1\].* {value}"):
         selective.expected_calibration_error(torch.tensor([value]), correct)
-    with pytest.raises(ValueError, match=r"coverage must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"coverage .*\(0, 1\].* 0"):
         selective.accuracy_at_coverage(confidence, correct, 0)
-    with pytest.raises(ValueError, match=r"tpr must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"tpr .*\(0, 1\].* 0"):
         selective.fpr_at_tpr(confidence, correct, 0)

@@ -260,13 +260,13 @@ def test_the_guarantee_survives_temperatures_fitted_on_the_same_samples() -> Non
 @pytest.mark.parametrize(
     ("accuracy", "delta", "message"),
     [
-        (0, None, r"\(0, 1\], got 0"),
-        (1.2, None, r"accuracy must be a fraction in \[0, 1\], got 1\.2"),
-        (math.nan, None, "accuracy must be a fraction"),
-        (0.9, 0, r"delta must be a probability in \(0, 1\)"),
-        (0.9, 1, "delta must be .* got 1 "),
-        (0.9, -1, "delta must be .* got -1"),
-        (1, 0.1, "guarantees an accuracy of 1"),
+        (0, None, r"accuracy .*\(0, 1\].* 0"),
+        (1.2, None, r"accuracy .*\[0, 1\].* 1\.2"),
+        (math.nan, None, r"accuracy .*\[0, 1\].* nan"),
+        (0.9, 0, r"delta .*\(0, 1\).* 0\b"),
+        (0.9, 1, r"delta .*\(0, 1\).* 1 "),
+        (0.9, -1, r"delta .*\(0, 1\).* -1\b"),
+        (1, 0.1, r"accuracy of 1\b.*delta"),
     ],
 )
 def test_impossible_targets_are_named(accuracy: float, delta: float | None, message: str) -> None:
@@ -293,9 +293,11 @@ def test_bad_samples_are_named(confidence: list, correct: list, message: str) ->
 
 def test_nothing_accepted_says_why_and_how_many_samples_it_takes() -> None:
     confidence = torch.linspace(0, 1, 28)
-    with pytest.warns(UserWarning, match=r"no threshold reaches accuracy 0\.9 on 28 samples, so"):
+    with pytest.warns(UserWarning, match=r"0\.9 on 28 samples.*lower the target"):
         select_threshold(confidence, confidence < 0, 0.9)
-    with pytest.warns(UserWarning, match=r"with probability 0\.9, .* takes at least 29 samples"):
+    with pytest.warns(
+        UserWarning, match=r"0\.9 on 28 samples.*probability 0\.9.*at least 29 samples"
+    ):
         select_threshold(confidence, confidence >= 0, 0.9, delta=0.1)
     assert fewest_samples(0.9, 0.1) == 29  # 0.9 ** 28 > 0.1 / 2 > 0.9 ** 29
     enough = torch.linspace(0, 1, 29)
@@ -303,12 +305,12 @@ def test_nothing_accepted_says_why_and_how_many_samples_it_takes() -> None:
         warnings.simplefilter("error")
         found = select_threshold(enough, enough >= 0, 0.9, delta=0.1)
     assert found == Threshold(0.0, 1.0, 0.9)
-    with pytest.warns(UserWarning, match="lower the target, raise delta, or use more samples"):
+    with pytest.warns(UserWarning, match=r"0\.9 on 29 samples.*delta.*more samples"):
         select_threshold(enough, enough > 0.2, 0.9, delta=0.1)
 
 
 @pytest.mark.parametrize(("target", "bound"), [(1e-10, 0), (1 - 1e-10, 1)])
 def test_targets_too_near_to_0_and_1_are_named(target: float, bound: int) -> None:
     confidence, correct = torch.rand(100), torch.ones(100, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"{target} is too near to {bound}"):
+    with pytest.raises(ValueError, match=f"accuracy {target} .*{bound}:"):
         select_threshold(confidence, correct, target, delta=0.05)

@@ -1,6 +1,7 @@
 """Newton's method with chords, against functions whose derivatives are known."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,31 +62,39 @@ def heavy_tailed(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return base * scale, 30 * sidekick, targets
 
 
+def found(data: list[Tensor], models: Models, tolerance: float, **more: Any) -> Optimum:
+    """What a search finds."""
+    steps = search(len(data[0]), models, more.get("start"), tolerance, 1e-12)
+    asked = next(steps)
+    while True:
+        points = [Point(t, models) for t in asked]
+        try:
+            asked = steps.send([NllSums(*row) for row in nll_sums(*data, points).tolist()])
+        except StopIteration as end:
+            return end.value
+
+
 @pytest.mark.parametrize("models", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_an_excess_is_well_estimated(models: Models, heavy: bool, seed: int) -> None:
     data = heavy_tailed(seed, 2000) if heavy else make_logits(2000, 20, seed)
 
-    def found(tolerance: float, stride: int = 1, start: Optimum | None = None) -> Optimum:
-        part = [x[::stride] for x in data]
-        steps = search(len(part[0]), models, start, tolerance, 1e-12)
-        asked = next(steps)
-        while True:
-            points = [Point(t, models) for t in asked]
-            try:
-                asked = steps.send([NllSums(*row) for row in nll_sums(*part, points).tolist()])
-            except StopIteration as end:
-                return end.value
-
     def loss(optimum: Optimum) -> float:
         point = Point(optimum.temperatures, models)
         return float(nll_sums(*data, [point])[0, 0]) / 2000
 
-    best = loss(found(1e-20))
-    start = found(1e-3, stride=7)
+    best = loss(found(data, models, 1e-20))
+    start = found([x[::7] for x in data], models, 1e-3)
     for tolerance in (1e-3, 1e-5, 1e-7, 1e-9, 1e-11):
         for begin in (None, start):
-            optimum = found(tolerance, start=begin)
+            optimum = found(data, models, tolerance, start=begin)
             assert optimum.status == "converged"
             assert best - 1e-14 <= loss(optimum) <= best + 2 * tolerance
+
+
+def test_a_search_that_was_stopped_is_not_said_to_have_converged() -> None:
+    data, both = make_logits(200, 20, seed=0), (True, True)
+    stopped, ended = found(data, both, tolerance=0.0), found(data, both, tolerance=1e-16)
+    assert (stopped.status, ended.status) == ("pass_limit", "converged")
+    assert stopped.temperatures == pytest.approx(ended.temperatures, rel=1e-6)
