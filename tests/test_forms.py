@@ -1,6 +1,7 @@
 """Forms: one duo beside anything that has probabilities, a confidence and a cost."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -140,6 +141,11 @@ def test_the_metric_gathers_the_samples_of_all_processes(first: int) -> None:
     assert mine.compute() == whole.compute()
 
 
+def test_the_metric_is_copied_whole() -> None:
+    metrics = in_batches(DuoMetrics(5, FIT, forms={"two": ENSEMBLE}), torch.arange(300))
+    assert pickle.loads(pickle.dumps(metrics)).compute() == metrics.compute()
+
+
 def test_any_librarys_probabilities() -> None:
     probs = mean_of(BASE, SECOND)
     found = Predictions.of(probs, TARGETS.int(), label="theirs", forwards={"base": 2})
@@ -183,6 +189,8 @@ def test_what_does_not_fit_is_named() -> None:
         judge(ENSEMBLE, MEMBERS, TARGETS[:7])
     with pytest.raises(ValueError, match=r"mixes logits \(300, 5\) to \(300,\)"):
         judge(Form("sum", {"base": 1}, lambda x: x.sum(1)), MEMBERS, TARGETS)
+    with pytest.raises(ValueError, match="1 temperatures for 2 members"):
+        judge(Form("sum", {"base": 1, "second": 1}, Weighted((1.0,))), MEMBERS, TARGETS)
     broken = SECOND.clone()
     broken[[3, 9]] = math.nan
     with pytest.raises(ValueError, match="2 of 300 rows of the form '2 bases' hold NaN"):

@@ -48,6 +48,8 @@ class Weighted(NamedTuple):
 
     def __call__(self, *logits: Tensor) -> Tensor:
         """The sum in float64, shape (N, K); a class that any member masks with -inf is masked."""
+        if len(logits) != len(self.temperatures):
+            raise ValueError(f"{len(self.temperatures)} temperatures for {len(logits)} members")
         pairs = zip(self.temperatures, logits, strict=True)
         total = reduce(add, (t * member.double() for t, member in pairs))
         masked = reduce(torch.minimum, logits) == -torch.inf
