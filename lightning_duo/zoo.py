@@ -128,7 +128,7 @@ def build_sidekick(
             "pretrained=False to train it from scratch"
         ) from error
     if weights is not None:
-        trained_head = load_backbone(model, _read_state(Path(weights)), str(weights))
+        trained_head = _load_backbone(model, _read_state(Path(weights)), str(weights))
     if not trained_head:
         # A linear probe starts from no opinion; some architectures draw heads so large that a
         # short probe could not undo them.
@@ -164,7 +164,7 @@ def _named(source: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, 
     if not pretrained:
         return vision, False
     published = zoo.get_model_weights(name).DEFAULT
-    return vision, load_backbone(vision, published.get_state_dict(check_hash=True), source)
+    return vision, _load_backbone(vision, published.get_state_dict(check_hash=True), source)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
 
 
-def load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> bool:
+def _load_backbone(model: nn.Module, state: dict[str, Tensor], origin: str) -> bool:
     """Load a state dict; only a head for another number of classes may be left out.
 
     Args:

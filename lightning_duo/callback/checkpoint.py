@@ -55,7 +55,7 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         ValueError: If another version of the library wrote it, or it is of other classes or of
             another architecture.
     """
-    check_state(state, run.num_classes)
+    _check_state(state, run.num_classes)
     options, messages = run.options, run.messages
     if run.training is not None:
         run.training.leave()
@@ -77,7 +77,7 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
     sidekick = run.sidekick or Sidekick.build(
         options, state["num_classes"], run.base, messages, restored=True
     )
-    load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
+    _load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
     messages.info(f"sidekick {options.sidekick_name!r} restored from the checkpoint")
     fitted = _fitted(state)
     if fitted is not None:
@@ -119,7 +119,7 @@ def _better(mine: BestSidekick | None, saved: dict[str, Any] | None) -> BestSide
     return min((best for best in both if best), key=lambda best: best.nll, default=None)
 
 
-def check_state(state: dict[str, Any], num_classes: int | None) -> None:
+def _check_state(state: dict[str, Any], num_classes: int | None) -> None:
     """Find what keeps a checkpoint's duo state from being loaded.
 
     Args:
@@ -145,7 +145,7 @@ def check_state(state: dict[str, Any], num_classes: int | None) -> None:
         )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
     """Load a sidekick's weights from a checkpoint.
 
     Args:

@@ -38,7 +38,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     from torchvision.transforms import v2
 
     steps: list[nn.Module] = []
-    config, size = data_config(sidekick), only_size(sidekick)
+    config, size = data_config(sidekick), _only_size(sidekick)
     if size is not None and size != list(inputs.shape[-2:]):
         steps.append(v2.Resize(size, antialias=True))
     stated = [found for part in base.modules() if (found := data_config(part))]
@@ -57,7 +57,7 @@ def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Mod
     return nn.Sequential(*steps)
 
 
-def only_size(sidekick: nn.Module) -> list[int] | None:
+def _only_size(sidekick: nn.Module) -> list[int] | None:
     """Height and width of images, if the model takes no other, as vision transformers state."""
     config = data_config(sidekick)
     size = getattr(sidekick, "image_size", None)  # torchvision's
@@ -191,7 +191,7 @@ class Sidekick:
     def _must_resize(self, inputs: Any) -> bool:
         """Whether these are images of another size than the only one that the model takes."""
         images = isinstance(inputs, Tensor) and inputs.ndim == 4
-        size = only_size(self.model) if images else None
+        size = _only_size(self.model) if images else None
         return size is not None and list(inputs.shape[-2:]) != size
 
     def initialize(self, base: nn.Module, inputs: Any) -> None:

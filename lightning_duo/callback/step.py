@@ -48,11 +48,11 @@ class Step:
         else:
             with own_stream(next((p.device for p in module.parameters()), torch.device("cpu"))):
                 found = options.batch_fn(batch)
-        check_read(found)
+        _check_read(found)
         self.inputs, self.targets = found
         if first and options.batch_fn is None:
             self._say_what_was_taken(batch)
-        self._before = Snapshot(found, copy=first)
+        self._before = _Snapshot(found, copy=first)
         self._seen: list[tuple[Any, Tensor]] = []
         self._hook = None
         if watch and self.logits_fn is None:
@@ -204,7 +204,7 @@ class Step:
             ) from error
 
 
-def check_read(found: Any) -> None:
+def _check_read(found: Any) -> None:
     """Raise ValueError if what ``batch_fn`` returned is no (inputs, targets)."""
     if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
         what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
@@ -216,7 +216,7 @@ def check_read(found: Any) -> None:
         )
 
 
-class Snapshot:
+class _Snapshot:
     """The tensors of a batch before a step, to tell whether the step changes them in place.
 
     Args:

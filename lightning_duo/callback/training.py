@@ -20,7 +20,7 @@ from lightning_duo.isolation import own_stream
 from lightning_duo.zoo import head_parameters
 
 
-def planned_updates(
+def _planned_updates(
     trainer: Trainer, steps_per_batch: int, *, epoch: int = 0, step: int = 0
 ) -> int | None:
     """How often the sidekick will be updated until training ends.
@@ -81,7 +81,7 @@ class Training:
         trainer: The user's Trainer, in fit.
         messages: Where to say what becomes of the recipe.
         state: What `state_dict` gave, to resume from it, or None.
-        steps_per_batch: Optimizer steps of the base in a batch; see `planned_updates`.
+        steps_per_batch: Optimizer steps of the base in a batch; see `_planned_updates`.
         step: The Trainer's global step where this begins.
 
     Raises:
@@ -110,7 +110,7 @@ class Training:
         self.seed = trainer.strategy.broadcast(torch.initial_seed())
         # A sidekick that was stopped goes on counting; one that begins late plans for what is left.
         begin = {"epoch": trainer.current_epoch, "step": step} if state is None else {}
-        self.total = planned_updates(trainer, steps_per_batch, **begin)
+        self.total = _planned_updates(trainer, steps_per_batch, **begin)
         if self.total is None:
             messages.warn(
                 "nobody knows when training ends (no max_epochs, a train loader without length, "
