@@ -8,10 +8,10 @@ from torch import nn
 
 from lightning_duo.base import LogitsOf, call_base, has_forward
 from lightning_duo.callback.fingerprint import is_sharded
+from lightning_duo.callback.log import stage_name
 from lightning_duo.callback.options import FORMS
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import copies
-from lightning_duo.callback.stages import stage_name
 from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.module import DuoModule

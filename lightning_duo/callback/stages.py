@@ -3,9 +3,9 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,37 +16,19 @@ from typing_extensions import override
 from lightning_duo.calibration import choose_threshold
 from lightning_duo.callback.fingerprint import fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
-from lightning_duo.callback.options import FORMS
+from lightning_duo.callback.log import MetricLog, stage_name, without
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.samples import Collected, Processes
 from lightning_duo.callback.sidekick import sidekick_logits
 from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import (
-    MEASURES,
     DuoMetrics,
-    Predictions,
-    measure,
-    measure_accepted,
 )
 from lightning_duo.isolation import evaluating, own_stream
 from lightning_duo.logits import Logits
-from lightning_duo.report import log_figures
-from lightning_duo.selective import Threshold
 from lightning_duo.tasks import check_targets
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 from lightning_duo.temperature.samples import check_samples
-
-_T = TypeVar("_T")
-
-
-def stage_name(stage: str, loader: int) -> str:
-    """A stage, with a dataloader after the first as Lightning names it."""
-    return f"{stage}/dataloader_idx_{loader}" if loader else stage
-
-
-def without(kept: dict[str, _T], stage: str) -> dict[str, _T]:
-    """What is kept of all stages but this one and its further dataloaders."""
-    return {name: found for name, found in kept.items() if name.partition("/")[0] != stage}
 
 
 class Stage(ABC):
@@ -67,6 +49,7 @@ class Stage(ABC):
         self.run, self.trainer, self.module, self.needed = run, trainer, module, needed
         self.processes = Processes(trainer, module)
         self.collected = Collected(loaders)
+        self.log = MetricLog(run, trainer, module, self.name)
         self.step: Step | None = None
 
     def start(self, batch: Any, number: int, loader: int) -> None:
@@ -150,43 +133,6 @@ class Stage(ABC):
             elif index == self.needed or self.processes.total(self.collected.count(index)):
                 found.append(index)
         return found
-
-    def log(self, name: str, value: float) -> None:
-        """Log a value that all processes have found, as Lightning wants to be told."""
-        # Lightning asks for it in any process group, even of one.
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        name = self.run.options.prefix + name
-        self.module.log(name, value, sync_dist=several, add_dataloader_idx=False)
-
-    def measure(
-        self, predictions: Mapping[int, dict[str, Predictions]], threshold: Threshold | None
-    ) -> None:
-        """Measure and log what all forms say of each loader, and keep it in the run."""
-        run = self.run
-        hidden = set(MEASURES) - set(run.options.metrics)
-        for loader, found in predictions.items():
-            results = {form: measure(predicted) for form, predicted in found.items()}
-            if threshold is not None:
-                results["duo"] |= measure_accepted(found["duo"], threshold)
-            stage = stage_name(self.name, loader)
-            suffix = stage.removeprefix(self.name)
-            for form in FORMS:
-                for metric in [metric for metric in results[form] if metric not in hidden]:
-                    self.log(f"{form}/{self.name}_{metric}{suffix}", results[form][metric])
-            if run.options.figures and self.trainer.is_global_zero:
-                self._draw(found, suffix)
-            run.results = {**run.results, stage: results}
-            run.predictions = {**run.predictions, stage: found}
-
-    def _draw(self, predictions: dict[str, Predictions], suffix: str) -> None:
-        pattern = f"{self.run.options.prefix}duo/{self.name}_{{figure}}{suffix}"
-        trainer = self.trainer
-        if not log_figures(trainer.loggers, predictions, pattern, step=trainer.global_step):
-            self.run.messages.warn(
-                "figures=True, but no logger of the Trainer takes figures (TensorBoardLogger "
-                "does, and any with log_image)",
-                once="no logger for figures",
-            )
 
 
 class Validation(Stage):
@@ -278,7 +224,7 @@ class Validation(Stage):
         measured = options.measured_names()
         names += [stage_name(name, loader) for loader in loaders for name in measured]
         for name in names:
-            self.log(name, math.nan)
+            self.log.value(name, math.nan)
 
     def _fitted(self, fit: TemperatureFit, samples: dict[int, Logits], classes: int) -> Fitted:
         """Take the temperatures, and measure the samples of all loaders with them."""
@@ -297,11 +243,11 @@ class Validation(Stage):
             warnings.simplefilter("always")
             asked = run.options.target_accuracy, run.options.delta
             calibration = choose_threshold(fit, found[self.needed], *asked)
-        self.measure(found, calibration.threshold)
+        self.log.measure(found, calibration.threshold)
         for name, value in fit.temperatures._asdict().items():
-            self.log(f"duo/temperature_{name}", value)
+            self.log.value(f"duo/temperature_{name}", value)
         if calibration.threshold is not None:
-            self.log("duo/threshold", calibration.threshold.value)
+            self.log.value("duo/threshold", calibration.threshold.value)
         notes = tuple(str(warning.message) for warning in said)
         weights = self._weights or self._fingerprints()
         return Fitted(calibration, run.global_step, weights, notes)
@@ -339,4 +285,4 @@ class Test(Stage):
         for index in self.measurable(len(self.metrics)):
             if self.processes.total(self.collected.count(index)):
                 found[index] = self.processes.predictions(self.metrics[index])
-        self.measure(found, self.threshold)
+        self.log.measure(found, self.threshold)

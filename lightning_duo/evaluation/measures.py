@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_duo.evaluation.predictions import Predictions
 from lightning_duo.selective import Threshold, ranking
-from lightning_duo.selective.functions import calibration_bins
+from lightning_duo.selective.calibration import calibration_bins
 
 BINS = 15  # of the confidence
 NINETY_EIGHT = ranking.fraction(0.98, "accuracy")

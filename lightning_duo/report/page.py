@@ -13,7 +13,8 @@ from lightning_duo.cost import Cost
 from lightning_duo.cost.text import short_count
 from lightning_duo.evaluation import MEASURES, Measure, Predictions
 from lightning_duo.files import whole
-from lightning_duo.report.figures import CHOSEN, COLORS, DARK, check_matplotlib, label
+from lightning_duo.report.figures import CHOSEN, check_matplotlib
+from lightning_duo.report.looks import COLORS, DARK, label
 from lightning_duo.report.svg import illustrate
 from lightning_duo.report.terminal import threshold_sentence
 from lightning_duo.selective import Threshold, select_thresholds

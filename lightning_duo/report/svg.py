@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_duo.evaluation import Predictions
-from lightning_duo.report.figures import CHOSEN, COLORS, FIGURES, label, looks, reliability
+from lightning_duo.report.figures import CHOSEN, FIGURES, reliability
+from lightning_duo.report.looks import COLORS, label, looks
 from lightning_duo.selective import accuracy_at_coverage, generalized_risk_coverage_curve
 
 if TYPE_CHECKING:

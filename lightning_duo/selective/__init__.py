@@ -1,15 +1,14 @@
 """Selective classification: curves, areas and thresholds over (confidence, correct)."""
 
+from lightning_duo.selective.calibration import brier_scores, expected_calibration_error
 from lightning_duo.selective.functions import (
     RiskCoverageCurve,
     accuracy_at_coverage,
     augrc,
     aurc,
-    brier_scores,
     correctness_auroc,
     coverage_at_accuracy,
     e_aurc,
-    expected_calibration_error,
     fpr_at_tpr,
     generalized_risk_coverage_curve,
     risk_coverage_curve,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lightning_duo.selective.ranking as ranking
-from lightning_duo.selective.ranking import Counts, check_samples, fraction, rank
+from lightning_duo.selective.ranking import Counts, fraction, like, rank
 
 
 class RiskCoverageCurve(NamedTuple):
@@ -98,7 +98,7 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
 
     Source: Geifman et al. (2019); Asymmetric Duos, Sec. 5.3.
     """
-    return _like(confidence, ranking.mean_risk(rank(confidence, correct).counts))
+    return like(confidence, ranking.mean_risk(rank(confidence, correct).counts))
 
 
 def e_aurc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def e_aurc(confidence: Tensor, correct: Tensor) -> Tensor:
     Source: Geifman et al. (2019), with the oracle of the same N samples.
     """
     counts = rank(confidence, correct).counts
-    return _like(confidence, ranking.mean_risk(counts) - ranking.oracle_risk(counts))
+    return like(confidence, ranking.mean_risk(counts) - ranking.oracle_risk(counts))
 
 
 def augrc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def augrc(confidence: Tensor, correct: Tensor) -> Tensor:
     Source: Traub et al. (2024), "Overcoming Common Flaws in the Evaluation of Selective
     Classification Systems".
     """
-    return _like(confidence, ranking.mean_undetected(rank(confidence, correct).counts))
+    return like(confidence, ranking.mean_undetected(rank(confidence, correct).counts))
 
 
 def coverage_at_accuracy(confidence: Tensor, correct: Tensor, accuracy: float) -> Tensor:
@@ -178,7 +178,7 @@ def coverage_at_accuracy(confidence: Tensor, correct: Tensor, accuracy: float) -
     """
     target = fraction(accuracy, "accuracy")
     counts = rank(confidence, correct).counts
-    return _like(confidence, ranking.most_accepted(counts, target).double() / counts.total)
+    return like(confidence, ranking.most_accepted(counts, target).double() / counts.total)
 
 
 def accuracy_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Tensor:
@@ -206,7 +206,7 @@ def accuracy_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -
     share = fraction(coverage, "coverage", positive=True)
     ranked = rank(confidence, correct)
     accepted = -(-share.numerator * len(ranked.order) // share.denominator)
-    return _like(confidence, 1 - ranked.errors_at(accepted) / accepted)
+    return like(confidence, 1 - ranked.errors_at(accepted) / accepted)
 
 
 def correctness_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def correctness_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
     """
     counts = rank(confidence, correct).counts
     _warn_if_one_sided(counts, "correctness AUROC")
-    return _like(confidence, ranking.right_above_wrong(counts))
+    return like(confidence, ranking.right_above_wrong(counts))
 
 
 def fpr_at_tpr(confidence: Tensor, correct: Tensor, tpr: float = 0.95) -> Tensor:
@@ -262,87 +262,7 @@ def fpr_at_tpr(confidence: Tensor, correct: Tensor, tpr: float = 0.95) -> Tensor
     share = fraction(tpr, "tpr", positive=True)
     counts = rank(confidence, correct).counts
     _warn_if_one_sided(counts, f"FPR at {float(100 * share):g} % TPR")
-    return _like(confidence, ranking.wrong_share(counts, share))
-
-
-def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
-    """Mean gap between confidence and accuracy over equal-width bins ``(lo, hi]``.
-
-    torchmetrics bins ``[lo, hi)`` and so gives confidences of exactly 1, frequent in float32, a
-    bin of their own; otherwise the two agree.
-
-    Args:
-        confidence: Probabilities of the predictions, shape (N,), in [0, 1].
-        correct: Whether each prediction is right, shape (N,), bool or 0/1.
-        bins: Number of bins.
-
-    Returns:
-        ECE in [0, 1], a scalar.
-
-    Raises:
-        ValueError: If shapes differ, N = 0, or a confidence is outside [0, 1].
-
-    Example:
-        >>> import torch
-        >>> expected_calibration_error(torch.tensor([1.0, 1.0]), torch.tensor([1, 0]))
-        tensor(0.5000)
-
-    Source: Guo et al. (2017); Asymmetric Duos, Sec. 5.2.
-    """
-    hits = check_samples(confidence, correct)
-    if confidence.min() < 0 or confidence.max() > 1:
-        raise ValueError(
-            "expected_calibration_error expects probabilities in [0, 1], got "
-            f"{confidence.min():g} to {confidence.max():g}"
-        )
-    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    bin_of = calibration_bins(confidence, bins)
-    gap.scatter_add_(0, bin_of, confidence.double() - hits.double())
-    return _like(confidence, gap.abs().sum() / len(confidence))
-
-
-def calibration_bins(confidence: Tensor, bins: int) -> Tensor:
-    """The equal-width bin ``(lo, hi]`` of [0, 1] of each confidence, shape (N,), int64."""
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    return torch.bucketize(confidence.double(), edges[1:-1])
-
-
-def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each sample's probabilities, summed over classes; lower is better.
-
-    Args:
-        probs: Class probabilities, shape (N, K), rows that sum to 1.
-        targets: True classes, shape (N,), an integer dtype.
-
-    Returns:
-        Scores in [0, 2], shape (N,), float64; their mean is the Brier score. (The code of
-        Asymmetric Duos divides it by K.)
-
-    Raises:
-        ValueError: If the shapes do not fit, rows are no probabilities, or targets are out of
-            range.
-
-    Example:
-        >>> import torch
-        >>> brier_scores(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
-        tensor([0.5000], dtype=torch.float64)
-
-    Source: Brier (1950); Asymmetric Duos, App. E.
-    """
-    if probs.ndim != 2 or targets.shape != probs.shape[:1] or targets.is_floating_point():
-        raise ValueError(
-            "expected probs (N, K) and integer targets (N,), got "
-            f"{tuple(probs.shape)} and {targets.dtype} {tuple(targets.shape)}"
-        )
-    if not len(targets):
-        return torch.zeros(0, dtype=torch.float64, device=probs.device)
-    exact, targets = probs.double(), targets.long()
-    if not (exact >= 0).all() or (exact.sum(1) - 1).abs().max() > 1e-2:
-        raise ValueError("expected probs as rows of probabilities that sum to 1; apply softmax")
-    if targets.min() < 0 or targets.max() >= probs.shape[1]:
-        raise ValueError(f"expected targets in 0..{probs.shape[1] - 1}")
-    right = exact.gather(1, targets[:, None]).squeeze(1)
-    return exact.square().sum(1) - 2 * right + 1
+    return like(confidence, ranking.wrong_share(counts, share))
 
 
 def _curve(confidence: Tensor, correct: Tensor, *, generalized: bool) -> RiskCoverageCurve:
@@ -350,8 +270,8 @@ def _curve(confidence: Tensor, correct: Tensor, *, generalized: bool) -> RiskCov
     count = len(ranked.order)
     accepted = torch.arange(1, count + 1, device=confidence.device)
     return RiskCoverageCurve(
-        _like(confidence, accepted.double() / count),
-        _like(confidence, ranked.errors_by_rank() / (count if generalized else accepted)),
+        like(confidence, accepted.double() / count),
+        like(confidence, ranked.errors_by_rank() / (count if generalized else accepted)),
         ranked.confidence,
     )
 
@@ -364,7 +284,3 @@ def _warn_if_one_sided(counts: Counts, what: str) -> None:
             f"{'wrong' if wrong else 'right'}",
             stacklevel=3,
         )
-
-
-def _like(confidence: Tensor, value: Tensor) -> Tensor:
-    return value.to(torch.float64 if confidence.dtype == torch.float64 else torch.float32)

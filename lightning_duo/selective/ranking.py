@@ -198,3 +198,8 @@ def _harmonic(counts: Counts) -> Tensor:
     """Harmonic numbers H(0), H(1), ... up to the number of samples, float64."""
     steps = torch.arange(1, int(counts.total.max()) + 1, device=counts.accepted.device)
     return torch.nn.functional.pad(steps.double().reciprocal().cumsum(0), (1, 0))
+
+
+def like(confidence: Tensor, value: Tensor) -> Tensor:
+    """A result in float64 if the confidence is, else in float32."""
+    return value.to(torch.float64 if confidence.dtype == torch.float64 else torch.float32)

@@ -10,7 +10,7 @@ from sklearn.calibration import calibration_curve
 
 from lightning_duo import fit_temperatures, selective
 from lightning_duo.evaluation import Form, Predictions, evaluate, mean_probability
-from lightning_duo.report import figures
+from lightning_duo.report import figures, looks
 
 ENSEMBLE = Form("2 models", {"base": 1, "sidekick": 1}, mean_probability)
 
@@ -45,11 +45,9 @@ def contrast(color: str, page: str) -> float:
     return max(light) / min(light)
 
 
-@pytest.mark.parametrize(
-    ("colors", "page"), [(figures.COLORS, "#ffffff"), (figures.DARK, "#0f1419")]
-)
+@pytest.mark.parametrize(("colors", "page"), [(looks.COLORS, "#ffffff"), (looks.DARK, "#0f1419")])
 def test_colors_are_seen_in_light_and_in_the_dark(colors: dict[str, str], page: str) -> None:
-    assert list(colors) == list(figures.COLORS)
+    assert list(colors) == list(looks.COLORS)
     assert len(set(colors.values())) == len(colors)
     for role, color in colors.items():
         assert role == "faint" or contrast(color, page) >= 4.4, role
@@ -60,8 +58,8 @@ def test_further_forms_are_drawn_each_in_its_own_way() -> None:
     models = predictions(400, 2.0, *names)
     (axes,) = figures.risk_coverage_figure(models).axes
     lines = axes.lines[:12]
-    looks = {(look.color, str(look.style)) for look in figures.looks(models).values()}
-    assert len(looks) == len(lines) == 12
+    drawn = {(look.color, str(look.style)) for look in looks.looks(models).values()}
+    assert len(drawn) == len(lines) == 12
     assert len({line.get_color() for line in lines[:6]}) == 6
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert [text.split(" (")[0] for text in texts] == ["base", "sidekick", "duo", *["2 models"] * 9]
