@@ -26,7 +26,7 @@ from lightning_duo.callback.options import (
 from lightning_duo.callback.requirements import (
     check_loaders,
     check_monitors,
-    check_names,
+    check_siblings,
     check_trainer,
 )
 from lightning_duo.callback.run import Run
@@ -259,7 +259,7 @@ class DuoCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":  # the duo predicts through `DuoPredictor`, a module of its own
             check_trainer(trainer, stage, self.options, self._messages)
-            check_names(self, trainer)
+            check_siblings(self, trainer)
             self._run = self._run.enter(trainer, pl_module, stage)
         self._entered = stage
 

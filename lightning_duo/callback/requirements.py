@@ -75,7 +75,7 @@ def check_trainer(trainer: Trainer, stage: str, options: Options, messages: Mess
         _check_fit(trainer, messages)
 
 
-def check_names(callback: Callback, trainer: Trainer) -> None:
+def check_siblings(callback: Callback, trainer: Trainer) -> None:
     """Refuse two callbacks of one kind that checkpoints could not tell apart."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         same = type(other) is type(callback) and other.state_key == callback.state_key

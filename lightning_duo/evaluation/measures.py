@@ -14,8 +14,8 @@ from lightning_duo.selective import Threshold, ranking
 from lightning_duo.selective.calibration import calibration_bins
 
 BINS = 15  # of the confidence
-NINETY_EIGHT = ranking.fraction(0.98, "accuracy")
-NINETY_FIVE = ranking.fraction(0.95, "tpr")
+ACCURACY_98 = ranking.fraction(0.98, "accuracy")
+TPR_95 = ranking.fraction(0.95, "tpr")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ MEASURES: dict[str, Measure] = {
         "FPR95",
         "wrong answers kept where 95 % of the right are kept",
         False,
-        lambda judged: ranking.wrong_share(judged.counts, NINETY_FIVE),
+        lambda judged: ranking.wrong_share(judged.counts, TPR_95),
         summary=False,
     ),
     "aurc": Measure(
@@ -221,7 +221,7 @@ MEASURES: dict[str, Measure] = {
         "SAC98",
         "share that can be answered with 98 % right",
         True,
-        lambda judged: ranking.most_accepted(judged.counts, NINETY_EIGHT) / judged.total.double(),
+        lambda judged: ranking.most_accepted(judged.counts, ACCURACY_98) / judged.total.double(),
     ),
 }
 HIGHER_IS_BETTER = {name: measure.higher_is_better for name, measure in MEASURES.items()}

@@ -236,9 +236,6 @@ def test_two_duos_of_one_name_are_refused() -> None:
     trainer.callbacks.append(make_duo())
     with pytest.raises(MisconfigurationException, match=r"two DuoCallbacks.*name="):
         trainer.fit(Classifier(), loader(TRAIN), loader(VAL))
-    net = small_net()
-    with pytest.raises(MisconfigurationException, match=r"two DuoCallbacks.*deepcopy"):
-        fitted(make_duo(net), None, make_duo(net, name="b"))
 
 
 # ---- sidekicks that cannot be ----
@@ -256,9 +253,6 @@ class Unmoved(Classifier):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda module: module, "share parameters.*deepcopy"),
-        (lambda module: module.net, "share parameters.*deepcopy"),
-        (lambda module: nn.Sequential(small_net()[:5], module.net[5]), "share parameters"),
         (lambda module: small_net().requires_grad_(False), "no trainable.*requires_grad_.*validat"),
         (lambda module: nn.Sequential(nn.Flatten()), "no trainable"),
         (lambda module: small_net().to("meta"), "meta device.*on the CPU"),

@@ -98,17 +98,6 @@ def test_validate_of_what_is_in_memory_changes_no_model(tmp_path: Path) -> None:
         trainer.test(module, loader(VAL), ckpt_path=path, verbose=False)
 
 
-def test_memory_in_common_is_found_whatever_holds_it() -> None:
-    module, sidekick = Classifier(), small_net(width=32)
-    sidekick[5].weight = nn.Parameter(module.net[5].weight.data)
-    with pytest.raises(MisconfigurationException, match=r"share parameters.*deepcopy"):
-        fitted(make_duo(sidekick), module)
-    one, two = small_net(), small_net()
-    two[1] = one[1]
-    with pytest.raises(MisconfigurationException, match=r"two DuoCallbacks.*deepcopy"):
-        fitted(make_duo(one), None, make_duo(two, name="b"))
-
-
 def test_statistics_renewed_after_the_fit_are_said() -> None:
     duo, module, _ = fitted()
     module.net[2].running_mean += 0.1

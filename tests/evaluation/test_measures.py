@@ -29,7 +29,7 @@ from lightning_duo.evaluation import (
 from lightning_duo.evaluation.measures import Judged
 from lightning_duo.report import summary_table, write_report
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 ORACLES: dict[str, Callable[[Predictions], float]] = {
     "accuracy": lambda p: accuracy_score(p.targets, p.prediction),
