@@ -85,7 +85,7 @@ def test_help_and_mistakes(capsys: pytest.CaptureFixture) -> None:
         run("fit", "--trainer.callbacks.help=lightning_duo.DuoCallback")
     shown = " ".join(capsys.readouterr().out.split())
     for option in inspect.signature(DuoCallback).parameters:  # each with a word on what it is
-        assert re.search(rf"--trainer\.callbacks\.{option} [^\s\]]+ [`\w]", shown), option
+        assert re.search(rf"callbacks\.{option}\+? [^\s\]]*[^\s\],] [`\w]", shown), option
     assert 'timm name ("resnet34"), "torchvision/<name>"' in shown
     add = "--trainer.callbacks+=lightning_duo.DuoCallback"
     with pytest.raises(ValueError, match=r"'resnet43'.*'resnet34'"):
