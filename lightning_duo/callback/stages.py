@@ -209,11 +209,25 @@ class Validation(Stage):
                 "gradients; if the base masks classes, the sidekick must mask them too"
             )
             return None
-        fitted = self._fitted(fit, {index: samples[index] for index in measurable}, classes)
+        found = {
+            i: samples[i] for i in measurable if i == self.needed or self._is_usable(i, samples[i])
+        }
+        fitted = self._fitted(fit, found, classes)
         if fitting and run.sidekick is not None:
             if run.best is None or fit.nll_sidekick < run.best.nll:
                 run.best = BestSidekick.of(run.sidekick.model, fit.nll_sidekick, run.global_step)
         return fitted
+
+    def _is_usable(self, loader: int, logits: Logits) -> bool:
+        """Whether the samples of a loader that did not fit can be measured; else NaN is logged."""
+        try:
+            check_samples(*logits, self.processes.reduce or (lambda sums: sums))
+        except ValueError as error:
+            self.run.messages.warn(f"validation dataloader {loader} is not measured: {error}")
+            for name in self.run.options.measured_names():
+                self.log.value(stage_name(name, loader), math.nan)
+            return False
+        return True
 
     def _log_nothing(self, loaders: list[int]) -> None:
         """NaN for what is logged at a validation, where there are no temperatures."""

@@ -320,6 +320,25 @@ def test_watchers_of_a_duo_that_diverges_go_on(tmp_path: Path) -> None:
     assert math.isfinite(best.best_model_score)
 
 
+def test_a_further_loader_on_which_the_sidekick_fails_is_left_out() -> None:
+    class FailsOnBright(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.mean((1, 2, 3))[:, None] > 5, torch.nan, self.net(x))
+
+    images, targets = VAL.tensors
+    bright = loader(TensorDataset(images + 10, targets))
+    duo = make_duo(FailsOnBright())
+    with pytest.warns(UserWarning, match="dataloader 1 is not measured: 80 of 80 .*NaN .*sidekick"):
+        trainer = fitted(duo, SecondLoader(), val=[loader(VAL), bright]).trainer
+    assert set(duo.results) == {"val"}
+    assert torch.isnan(trainer.callback_metrics["duo/val_nll/dataloader_idx_1"])
+    assert torch.isfinite(trainer.callback_metrics["duo/val_nll"])
+
+
 def test_a_trainer_of_the_other_package_is_named() -> None:
     other = type("Trainer", (), {"__module__": "pytorch_lightning.trainer"})()
     with pytest.raises(
