@@ -41,10 +41,12 @@ def test_flags() -> None:
         "--trainer.callbacks.sidekick=resnet10t",
         "--trainer.callbacks.pretrained=false",
         "--trainer.callbacks.target_accuracy=0.5",
+        "--trainer.callbacks.metrics=all",
         *RUN,
     )
     assert duo.sidekick.pretrained_cfg["architecture"] == "resnet10t"
     assert duo.calibration.target_accuracy == 0.5
+    assert "augrc" in duo.options.metrics
 
 
 YAML = """
@@ -54,6 +56,7 @@ trainer:
       init_args:
         sidekick: {class_path: helpers.Tiny, init_args: {width: 4}}
         probe: 0
+        metrics: [f1, nll]
         sidekick_transform:
           class_path: torchvision.transforms.v2.RandomHorizontalFlip
         optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.01, momentum: 0.9}}
@@ -76,6 +79,7 @@ def test_yaml_and_the_config_that_is_saved(tmp_path: Path) -> None:
     (group,) = duo.state_dict()["training"]["optimizer"]["param_groups"]
     assert group["momentum"] == 0.9
     assert group["lr"] == pytest.approx(0.01 * 0.5**4)
+    assert duo.options.metrics == ("f1", "nll")
     again = run("fit", f"--config={tmp_path / 'config.yaml'}", f"{folder}/again")
     assert again.fit.temperatures == duo.fit.temperatures
 
