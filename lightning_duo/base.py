@@ -51,6 +51,7 @@ class LogitsOf(nn.Module):
         module: The base.
 
     Example:
+        >>> import torch
         >>> base = LogitsOf(lambda module, x: 2 * module(x), nn.Linear(4, 3))
         >>> base(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
