@@ -16,13 +16,23 @@ FLOORS = {
 }
 
 
+LAZY = ("__init__.py", "cli/options.py")  # which import what users name
+
+
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+            if "lightning_duo" in found:  # its names are reached by attributes
+                found.add("lightning_duo.anything")
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute, so that they can be checked"
             found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            hidden = name in ("import_module", "__import__")
+            assert not hidden or path.as_posix().endswith(LAZY), f"{path}: imports are statements"
     return found
 
 
@@ -41,8 +51,13 @@ FILES = files()
 
 def used(name: str) -> set[str]:
     """The files of the package that a file imports, lazily or not."""
-    names = {found.removeprefix("lightning_duo.") for found in imports(FILES[name])}
-    return names & set(FILES) - {name}
+    found = imports(FILES[name])
+    names = {other.removeprefix("lightning_duo.") for other in found}
+    submodules = {other for other in names & set(FILES) if f"lightning_duo.{other}" in found}
+    # A name of the package that is no file is one of its own: it stands on the top floor.
+    top = {f.removeprefix("lightning_duo.") for f in found if f.count(".") == 1} - set(FILES)
+    is_top = "lightning_duo" in found and any(f"lightning_duo.{x}" in found for x in top)
+    return (submodules | ({"__init__"} if is_top else set())) - {name}
 
 
 def test_every_room_has_a_floor() -> None:
@@ -55,6 +70,32 @@ def test_imports_run_down(name: str) -> None:
     others = {other.split(".")[0] for other in used(name)} - {room}
     up = {other for other in others if FLOORS[other] >= FLOORS[room]}
     assert not up, f"{name} is on floor {FLOORS[room]} and imports {sorted(up)}"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from lightning_duo import __version__", "__init__"),
+        ("from lightning_duo import DuoCallback", "__init__"),
+        ("import lightning_duo", "__init__"),
+        ("from lightning_duo import callback", "callback"),
+        ("import lightning_duo.callback.run as run", "callback.run"),
+        ("from .callback import run", None),
+        ("from importlib import import_module; import_module('x')", None),
+        ("import importlib; importlib.import_module('x')", None),
+    ],
+)
+def test_no_import_is_hidden(
+    line: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "files.py"
+    path.write_text(f"def late():\n    {line}\n")
+    monkeypatch.setitem(FILES, "files", path)
+    if found is not None:
+        assert found in used("files")
+    else:
+        with pytest.raises(AssertionError, match="imports are"):
+            used("files")
 
 
 @pytest.mark.parametrize("room", [room for room in FLOORS if (PACKAGE / room).is_dir()])

@@ -63,7 +63,16 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         if stage != "fit":
             return run
         # Back to before it was built.
-        return Run(options, messages, run.base, run.id, global_step=run.global_step, restored=True)
+        return Run(
+            options,
+            messages,
+            run.base,
+            run.id,
+            global_step=run.global_step,
+            restored=True,
+            dropped=run.dropped,
+            left=run.left,
+        )
     if state["transform"] != options.transform_name:
         messages.warn(
             f"the checkpoint's sidekick saw its inputs through {state['transform']}, this "
@@ -102,6 +111,7 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         results=state["results"],
         predictions={},
         restored=True,
+        dropped=False,
         paired=False,
     )
 

@@ -16,13 +16,7 @@ from lightning_duo.callback.checkpoint import loaded, state_of
 from lightning_duo.callback.deploy import cost_of, described, duo_of, report_of, show_gain
 from lightning_duo.callback.fitted import BestSidekick
 from lightning_duo.callback.messages import Messages
-from lightning_duo.callback.options import (
-    METRICS,
-    MetricNames,
-    OptimizerFn,
-    Options,
-    SchedulerFn,
-)
+from lightning_duo.callback.options import METRICS, MetricNames, OptimizerFn, Options, SchedulerFn
 from lightning_duo.callback.requirements import (
     check_loaders,
     check_monitors,
@@ -152,8 +146,7 @@ class DuoCallback(Callback):
             summary=summary,
             name=name,
         )
-        self._messages = Messages(name)
-        self._run = Run(self.options, self._messages)
+        self._run = Run(self.options, Messages(name))
         self._stage: Validation | Test | None = None
         self._entered = ""  # what the Trainer is doing: "fit", "validate", "test" or "predict"
 
@@ -258,7 +251,7 @@ class DuoCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":  # the duo predicts through `DuoPredictor`, a module of its own
-            check_trainer(trainer, stage, self.options, self._messages)
+            check_trainer(trainer, stage, self.options, self._run.messages)
             check_siblings(self, trainer)
             self._run = self._run.enter(trainer, pl_module, stage)
         self._entered = stage
@@ -266,6 +259,10 @@ class DuoCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_monitors(trainer, self.options)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run = self._run.unless_changed(trainer)  # the module's own set-up is over
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -298,24 +295,24 @@ class DuoCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run = self._run.unless_changed(trainer)
         self._run.check_restored(trainer, self.state_key)
         check_loaders(trainer, self.options)
         self._run.global_step = trainer.global_step
+        self._run.note_base()
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._run.training is None:  # the module's own on_train_start comes after ours
+            self._run = self._run.unless_changed(trainer)
+            self._run.check_restored(trainer, self.state_key)
         self._run.begin_step(batch)
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = self._run.learn(trainer, outputs)
         if loss is not None:
@@ -330,7 +327,7 @@ class DuoCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.fit is None and trainer.limit_val_batches != 0:
-            self._messages.warn(
+            self._run.messages.warn(
                 "training ended before any validation that could fit temperatures; run "
                 "trainer.validate"
             )
@@ -347,6 +344,7 @@ class DuoCallback(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._run.check_restored(trainer, self.state_key)
             if trainer.ckpt_path is not None:
+                self._run.kept = True
                 self._stage.take_best()
 
     @override
@@ -388,6 +386,7 @@ class DuoCallback(Callback):
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run.check_restored(trainer, self.state_key)
+        self._run.kept |= trainer.ckpt_path is not None
         self._run.warn_if_stale()
         self._stage = Test(self._run, trainer, pl_module)
 

@@ -1,12 +1,13 @@
 """Whether weights are still what they were: a number for all of them."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+CHUNK = 1 << 22  # numbers that are widened at a time
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,3 +45,36 @@ def fingerprint(module: nn.Module) -> int | None:
     for value in torch.stack(sums).tolist() if sums else []:
         found = (found * 1_000_003 + value) % (2**61 - 1)
     return found
+
+
+@torch.no_grad()
+def exact_fingerprint(module: nn.Module) -> int | None:
+    """A number that changes with any bit of any parameter or buffer, and where it stands.
+
+    None if the module is sharded.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> before = exact_fingerprint(layer)
+        >>> layer.weight.data = layer.weight.data.flip(0)
+        >>> exact_fingerprint(layer) == before
+        False
+    """
+    if is_sharded(module):
+        return None
+    found = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided:
+            continue
+        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        bits = real.contiguous().flatten().view(_INTEGERS[real.element_size()])
+        sums = [_weighted_sum(part) for part in torch.split(bits, CHUNK)]
+        for value in (tensor.numel(), *(torch.stack(sums).tolist() if sums else ())):
+            found = (found * 1_000_003 + value) % (2**61 - 1)
+    return found
+
+
+def _weighted_sum(bits: Tensor) -> Tensor:
+    """Sum of integers, each times an odd number of its place, modulo 2^64."""
+    places = torch.arange(len(bits), device=bits.device)
+    return (bits.long() * (places * 0x5851F42D + places * places * 2 + 1)).sum()

@@ -1,6 +1,6 @@
 """What a validation leaves: temperatures with the weights they are for, and the best sidekick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class BestSidekick:
     overconfidence, which the duo's temperature takes away, does not count."""
     step: int
     """The Trainer's global step then."""
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(repr=False)
     """A copy of its state dict, on the CPU."""
 
     @classmethod

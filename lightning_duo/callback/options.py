@@ -146,8 +146,8 @@ def _known_metrics(asked: MetricNames) -> tuple[str, ...]:
     """The metrics to log, in the order of the table of all."""
     if asked == "all":
         return tuple(MEASURES)
-    unknown = {asked} if isinstance(asked, str) else set(asked) - set(MEASURES)
-    if unknown:
+    names = asked if isinstance(asked, list | tuple | set) else (asked,)
+    if any(name not in MEASURES for name in names) or isinstance(asked, str):
         raise ValueError(
             f'metrics must be "all" or names among {", ".join(MEASURES)}, such as '
             f'metrics=("nll", "aurc"); got {asked!r}'

@@ -1,5 +1,7 @@
 """What a run must be like for a duo: what is refused, and what is warned of, before it starts."""
 
+import difflib
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -99,19 +101,27 @@ def check_loaders(trainer: Trainer, options: Options) -> None:
 def check_monitors(trainer: Trainer, options: Options) -> None:
     """Refuse to let a callback or scheduler wait for a metric that is measured but not logged."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    watched = {getattr(c, "monitor", None): type(c).__name__ for c in callbacks}
-    watched |= {config.monitor: "a scheduler" for config in trainer.lr_scheduler_configs}
-    logged = set(options.measured_names())
-    for name, who in watched.items():
+    watching = [(getattr(c, "monitor", None), type(c).__name__) for c in callbacks]
+    watching += [(config.monitor, "a scheduler") for config in trainer.lr_scheduler_configs]
+    logged = {*options.measured_names(), "duo/temperature_base", "duo/temperature_sidekick"}
+    logged |= set() if options.target_accuracy is None else {"duo/threshold"}
+    for name, who in watching:
         own = name if isinstance(name, str) and name.startswith(options.prefix) else ""
         bare = own.removeprefix(options.prefix).partition("/dataloader_idx_")[0]
         form, _, metric = bare.partition("/val_")
-        if bare in logged or metric not in MEASURES or form not in FORMS:
+        if bare in logged:
             continue
-        raise MisconfigurationException(
-            f"{who} monitors {name!r}, which is not logged; pass DuoCallback(..., "
-            f'metrics=({", ".join(map(repr, (*options.metrics, metric)))})) or metrics="all"'
-        )
+        if form in FORMS and metric in MEASURES:
+            remedy = f'pass DuoCallback(..., metrics={(*options.metrics, metric)}) or metrics="all"'
+        elif bare in ("duo/threshold", "duo/val_coverage", "duo/val_selective_accuracy"):
+            remedy = "pass DuoCallback(..., target_accuracy=...)"
+        elif bare.startswith("duo/"):  # nobody else's names begin so
+            near = [known for known in sorted(logged) if known.startswith(bare)]
+            near += difflib.get_close_matches(bare, sorted(logged), n=1, cutoff=0.0)
+            remedy = f"did you mean {options.prefix + near[0]!r}?"
+        else:
+            continue
+        raise MisconfigurationException(f"{who} monitors {name!r}, which is not logged; {remedy}")
 
 
 def _check_fit(trainer: Trainer, messages: Messages) -> None:

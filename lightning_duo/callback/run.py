@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_duo.callback.fingerprint import fingerprint
+from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
@@ -64,6 +64,8 @@ class Run:
     """Whether the sidekick was taken from `best` and is that of no checkpoint."""
     dropped: bool = False
     """Whether a trained sidekick was dropped for this run, of which nobody has heard yet."""
+    kept: bool = True
+    """Whether the base is as it was left, or of a checkpoint that the Trainer has read since."""
     left: tuple[LightningModule, int | None] | None = None
     """The base as the callback left it last, and its fingerprint."""
 
@@ -77,22 +79,39 @@ class Run:
         """
         if stage != "fit":
             step = self.global_step if self.base is base else -1
-            return replace(self, base=base, restored=False, global_step=step)
-        run = self
-        if trainer.strategy.broadcast(self._has_changed(base)):
-            run = Run(self.options, self.messages, base, dropped=self.was_trained)
+            kept = self.left is None or not self._has_changed(base)
+            return replace(self, base=base, restored=False, global_step=step, kept=kept)
+        changed = trainer.strategy.broadcast(self._has_changed(base))
+        run = self._anew(base) if changed else self
         # Like the base's optimizers, the sidekick's starts afresh unless a checkpoint says
         # otherwise, which is read after this.
         identity = trainer.strategy.broadcast(uuid.uuid4().hex)
         again: dict[str, Any] = {"resume": None, "progress": None, "best": None, "paired": False}
         return replace(run, base=base, id=identity, predictions={}, restored=False, **again)
 
+    def _anew(self, base: LightningModule) -> "Run":
+        """A run of this base that knows nothing of this one."""
+        messages = Messages(self.options.name)
+        return Run(self.options, messages, base, self.id, dropped=self.dropped or self.was_trained)
+
+    def unless_changed(self, trainer: Trainer) -> "Run":
+        """This run, or a new one where the base's own hooks gave it new weights after set-up.
+
+        Args:
+            trainer: The user's, in fit, before the first step.
+        """
+        compare = self.left is not None and not self.restored
+        if compare and trainer.strategy.broadcast(self._has_changed(self.base)):
+            return self._anew(self.base)
+        self.left = None  # it is recognised, and may change from here on
+        return self
+
     def _has_changed(self, base: LightningModule) -> bool:
         """Whether this is another base than was left, or has other weights."""
         if self.left is None:
             return self.base is not base
         module, then = self.left
-        now = fingerprint(base)
+        now = exact_fingerprint(base)
         return module is not base or (None not in (now, then) and now != then)
 
     @property
@@ -199,10 +218,19 @@ class Run:
             MisconfigurationException: If a test is of a checkpoint without this run's state, which
                 has no temperatures for that base.
         """
-        if self.restored:
-            return
-        if trainer.ckpt_path is None:
-            self._say_if_changed(trainer)
+        if self.dropped:
+            self.messages.warn(
+                "new run: the base is another one, or has changed, since the last fit, so a new "
+                "sidekick is trained, as in a cross-validation; to go on with the earlier pair, "
+                "pass ckpt_path"
+            )
+        if trainer.validating and trainer.ckpt_path is None and not self.kept:
+            self.messages.warn(
+                "the base has changed since this callback left it; its sidekick is kept for this "
+                "validation, and a later fit of this base starts a new one"
+            )
+        started, self.dropped = self.dropped, False
+        if self.restored or trainer.ckpt_path is None:
             return
         what = f"the checkpoint {trainer.ckpt_path} holds no state of {state_key}"
         if trainer.testing:
@@ -211,23 +239,9 @@ class Run:
                 "DuoCallback and save_weights_only=False, or refit with trainer.validate first and "
                 "test without ckpt_path"
             )
-        self.messages.warn(f"{what}; the sidekick goes on from what is in memory")
+        goes_on = "starts again" if started else "goes on from what is in memory"
+        self.messages.warn(f"{what}; the sidekick {goes_on}")
         self.global_step = -1  # it does not say
-
-    def _say_if_changed(self, trainer: Trainer) -> None:
-        if self.dropped:
-            self.messages.warn(
-                "new run: the base has changed since the last fit, so the sidekick starts again; "
-                "to continue an earlier pair, pass ckpt_path"
-            )
-            self.dropped = False
-        same = self.left is not None and self.left[0] is self.base
-        if trainer.validating and same and self.was_trained and self._has_changed(self.base):
-            self.messages.warn(
-                "the base has changed since this callback left it; its sidekick is kept, and a "
-                "later fit goes on with both; for another run, such as a fold of a "
-                "cross-validation, make a new DuoCallback"
-            )
 
     def training_state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps of the training."""
@@ -276,14 +290,19 @@ class Run:
             self.resume, self.progress = self.training.state_dict(), self.training.progress
             self.training.leave()
         self.training = None
-        if stage == "fit" or self.left is None or self.left[0] is self.base:
-            self.left = self.base, _fingerprint(self.base, failed=failed)
+        # A base that was only measured is not one that the sidekick was trained beside.
+        if stage == "fit" or self.kept:
+            self.note_base(failed=failed)
 
+    def note_base(self, *, failed: bool = False) -> None:
+        """Note the base as it is now, to recognise it.
 
-def _fingerprint(module: nn.Module, *, failed: bool) -> int | None:
-    try:
-        return fingerprint(module)
-    except RuntimeError:  # of a device that does not answer any more
-        if failed:
-            return UNKNOWN
-        raise
+        Args:
+            failed: As in `leave`.
+        """
+        try:
+            self.left = self.base, exact_fingerprint(self.base)
+        except RuntimeError:  # of a device that does not answer any more
+            if not failed:
+                raise
+            self.left = self.base, UNKNOWN

@@ -87,6 +87,45 @@ def copies(*models: nn.Module) -> tuple[nn.Module, ...]:
         ) from error
 
 
+def _own_copy(model: nn.Module, base: nn.Module, *, given: bool) -> nn.Module:
+    """A copy to train; or the model itself, if a function made it and no copy of it would do.
+
+    Raises:
+        MisconfigurationException: If there is no copy of a model that may belong to others.
+    """
+    problem = None
+    try:
+        (copied,) = copies(model)
+        problem = _tie(model, copied)
+    except MisconfigurationException as error:
+        problem = str(error)
+    if problem is None:
+        return copied
+    theirs = {p.data_ptr() for p in base.parameters() if not is_lazy(p)} - {0}
+    shared = any(p.data_ptr() in theirs for p in model.parameters() if not is_lazy(p))
+    if given or shared:
+        raise MisconfigurationException(
+            f"the sidekick is trained as a copy of what you gave, and {problem}; pass a function "
+            "num_classes -> nn.Module that makes a new one"
+        )
+    return model
+
+
+def _tie(model: nn.Module, copied: nn.Module) -> str | None:
+    """What still ties a copy to its original: functions, which copies share."""
+    for part, other in zip(model.modules(), copied.modules(), strict=True):
+        name = type(part).__name__
+        own = vars(part).get("forward")
+        if own is not None and own is vars(other).get("forward"):
+            return f"the forward of its {name} was replaced by a function, which a copy shares"
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if any(getattr(hook, "__closure__", None) for hook in hooks):
+            return f"its {name} has a hook that refers to other objects, which a copy shares"
+    if any(p._backward_hooks for p in model.parameters()):
+        return "its parameters have hooks, which a copy does not have"
+    return None
+
+
 def check_model(model: nn.Module, *, trained: bool) -> None:
     """Find what keeps a model from being a sidekick.
 
@@ -168,7 +207,7 @@ class Sidekick:
                 weights=None if restored else options.weights,
             )
             if not isinstance(options.sidekick, str):
-                (model,) = copies(model)
+                model = _own_copy(model, base, given=model is options.sidekick)
         check_model(model, trained=False)
         if options.num_classes is None and not isinstance(options.sidekick, nn.Module):
             messages.info(

@@ -66,6 +66,8 @@ def evaluate(
         'ensemble'
     """
     check_samples(base_logits, sidekick_logits, targets)
+    if taken := sorted({"base", "sidekick"} & others.keys()):
+        raise ValueError(f"{taken} are given already; choose other names for further members")
     members = {"base": base_logits, "sidekick": sidekick_logits, **others}
     return {
         name: judge(form, members, targets, score=score).cpu()

@@ -162,6 +162,8 @@ def judge(
         tensor([0.5000])
     """
     check_score(score)
+    if not form.forwards:
+        raise ValueError(f"the form {form.label!r} has no members; name them in forwards")
     names = {*form.forwards, *([form.predicts] if form.predicts else [])}
     if missing := sorted(names - set(members)):
         raise ValueError(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from helpers import VAL, Classifier, loader, small_net
@@ -31,20 +32,20 @@ def logged(duo: DuoCallback) -> set[str]:
 @pytest.mark.parametrize(
     ("asked", "metrics"),
     [
-        (None, ("accuracy", "nll", "brier", "ece", "aurc", "sac98")),
+        ("default", ("accuracy", "nll", "brier", "ece", "aurc", "sac98")),
         (("f1", "nll"), ("nll", "f1")),
         ([], ()),
         ("all", tuple(MEASURES)),
     ],
 )
 def test_what_is_asked_for_is_logged_and_results_hold_all(asked: object, metrics: tuple) -> None:
-    duo = make_duo() if asked is None else make_duo(metrics=asked)
+    duo = make_duo() if asked == "default" else make_duo(metrics=asked)
     assert logged(duo) == {f"{form}/val_{metric}" for form in FORMS for metric in metrics}
     assert set(duo.results["val"]["duo"]) == set(MEASURES)
     assert set(duo.options.metrics) == set(metrics)
 
 
-@pytest.mark.parametrize("asked", ["nll", ("nll", "nlll"), ("NLL",)])
+@pytest.mark.parametrize("asked", ["nll", ("nll", "nlll"), ("NLL",), None])
 def test_unknown_metrics_are_refused_with_the_names(asked: object) -> None:
     with pytest.raises(ValueError, match=r'metrics must be "all" or names among accuracy, f1'):
         make_duo(metrics=asked)
@@ -87,8 +88,28 @@ def test_a_monitored_name_that_is_not_logged_is_refused_with_the_remedy(
     assert remedied.fit is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("duo/val_acc", "did you mean 'duo/val_accuracy'"),
+        ("duo/test_aurc", "did you mean 'duo/val_aurc'"),
+        ("duo/threshold", "target_accuracy="),
+    ],
+)
+def test_monitored_names_that_nobody_logs_are_refused(name: str, remedy: str) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=f"{name!r}, which is not logged; .*{remedy}"
+    ):
+        fitted(None, None, EarlyStopping(name))
+
+
+class Unusual(L.Callback):
+    def __init__(self) -> None:
+        self.monitor = ["val_loss"]
+
+
 def test_monitored_names_of_others_are_not_touched(tmp_path: Path) -> None:
-    fitted(make_duo(name="small"), Classifier(), EarlyStopping("val_loss"))
+    fitted(make_duo(name="small"), Classifier(), EarlyStopping("val_loss"), Unusual())
     fitted(make_duo(name="small"), Classifier(), EarlyStopping("small/base/val_nll"))
 
 

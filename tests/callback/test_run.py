@@ -66,7 +66,7 @@ def test_a_trained_sidekick_that_is_dropped_is_named_with_the_remedy() -> None:
     module, duo = Classifier(), make_duo()
     fit(duo, module)
     draw_anew(module, 1)
-    with pytest.warns(UserWarning, match="new run: .*sidekick starts again; .*pass ckpt_path"):
+    with pytest.warns(UserWarning, match="new run: .*new sidekick is trained.*pass ckpt_path"):
         fit(duo, module)
 
 
@@ -131,13 +131,98 @@ def test_validate_and_test_never_drop_a_sidekick() -> None:
     assert sidekick_at_start(duo, module) == (duo.sidekick, trained)
 
 
-def test_a_changed_base_that_is_validated_keeps_its_sidekick_and_says_so() -> None:
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_measuring_a_new_fold_first_does_not_make_it_go_on(run: str) -> None:
+    """As for a baseline: the sidekick is kept for that, and a fit of the fold starts a new one."""
     module, duo = Classifier(), make_duo()
     trained = fit(duo, module)
     draw_anew(module, 1)
-    with pytest.warns(UserWarning, match="sidekick is kept.*make a new DuoCallback"):
-        make_trainer(duo).validate(module, loader(VAL), verbose=False)
+    own = fit(make_duo(), copy.deepcopy(module))
+    message = "kept for this validation" if run == "validate" else "changed since"
+    with pytest.warns(UserWarning, match=message):
+        getattr(make_trainer(duo), run)(module, loader(VAL), verbose=False)
     assert digest(duo.sidekick.state_dict()) == trained
+    assert fit(duo, module) == own
+
+
+class MadeInAHook(Classifier):
+    """Draws its weights in a hook of its own, in every fit."""
+
+    hook, fold = "", 0
+
+    def draw(self, hook: str) -> None:
+        if self.hook == hook:
+            draw_anew(self, self.fold)
+
+    def setup(self, stage: str) -> None:
+        self.draw("setup")
+
+    def configure_model(self) -> None:
+        self.draw("configure_model")
+
+    def on_fit_start(self) -> None:
+        self.draw("on_fit_start")
+
+    def on_train_start(self) -> None:
+        self.draw("on_train_start")
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("hook", ["setup", "configure_model", "on_fit_start", "on_train_start"])
+def test_folds_whose_module_makes_its_own_weights(hook: str, sanity: int) -> None:
+    module, source = MadeInAHook(), small_net()
+    module.hook, duo = hook, make_duo(source)
+    for fold in range(2):
+        module.fold = fold
+        own = fit(make_duo(source), copy.deepcopy(module), num_sanity_val_steps=sanity)
+        assert fit(duo, module, num_sanity_val_steps=sanity) == own
+
+
+def redraw_a_buffer(module: Classifier) -> None:
+    module.prototypes.normal_()
+
+
+def swap_two_units(module: Classifier) -> None:
+    with torch.no_grad():
+        module.net[1].weight.copy_(module.net[1].weight.roll(1, 0))
+
+
+def redraw_complex_numbers(module: Classifier) -> None:
+    with torch.no_grad():
+        module.spectrum.normal_()
+
+
+@pytest.mark.parametrize("change", [redraw_a_buffer, swap_two_units, redraw_complex_numbers])
+def test_any_bit_of_the_base_tells_another_run(change: Callable) -> None:
+    module, duo = Classifier(), make_duo()
+    module.register_buffer("prototypes", torch.randn(4, 3))
+    module.spectrum = nn.Parameter(torch.randn(3, dtype=torch.complex64), requires_grad=False)
+    fit(duo, module)
+    change(module)
+    own = fit(make_duo(), copy.deepcopy(module))
+    assert fit(duo, module) == own
+
+
+def test_a_restored_pair_is_not_called_a_new_one(tmp_path: Path) -> None:
+    duo, module = make_duo(), Classifier()
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    fit(duo, module, keep, enable_checkpointing=True)
+    other = Classifier()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DuoCallback: new run")
+        trainer = fitted(duo, other, max_epochs=3, ckpt_path=tmp_path / "last.ckpt").trainer
+        trainer.validate(other, loader(VAL), verbose=False)
+
+
+def test_what_one_run_has_said_another_says_again() -> None:
+    class Scales(Classifier):
+        def validation_step(self, batch: list, batch_idx: int) -> None:
+            self(batch[0] / 3)
+
+    duo = make_duo()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="something else than the batch's inputs"):
+            fitted(duo, Scales())
 
 
 def test_a_fit_that_fails_before_it_begins_leaves_no_mark() -> None:
@@ -159,6 +244,42 @@ def test_a_fit_that_fails_before_it_begins_leaves_no_mark() -> None:
 
 
 # ---- a module that is given ----
+
+
+def compiled_forward() -> nn.Module:
+    net = small_net()
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+def closure_hook() -> nn.Module:
+    net, seen = small_net(), []
+    net[1].register_forward_hook(lambda *_: seen.append(1))
+    return net
+
+
+def gradient_hook() -> nn.Module:
+    net = small_net()
+    net[1].weight.register_hook(lambda gradient: 2 * gradient)
+    return net
+
+
+@pytest.mark.parametrize("make", [compiled_forward, closure_hook, gradient_hook])
+def test_what_no_copy_can_stand_for_is_refused_if_given_and_trained_if_made(
+    make: Callable,
+) -> None:
+    remedy = "what you gave, and .*; pass a function num_classes -> nn.Module"
+    with pytest.raises(MisconfigurationException, match=remedy):
+        fitted(make_duo(make()))
+    before = []
+
+    def made(num_classes: int) -> nn.Module:
+        net = make()
+        before.append(net[1].weight.detach().clone())
+        return net
+
+    duo = fitted(make_duo(made)).duo
+    assert not torch.equal(duo.sidekick[1].weight, before[0])
 
 
 def test_a_given_module_stays_as_it_was() -> None:
@@ -205,5 +326,5 @@ def test_what_belongs_to_the_base_may_be_given(part: Callable) -> None:
 def test_a_module_that_cannot_be_copied_is_named() -> None:
     net = small_net()
     net.lock = threading.Lock()
-    with pytest.raises(MisconfigurationException, match=r"Sequential cannot be copied.*__deep"):
+    with pytest.raises(MisconfigurationException, match=r"Sequential cannot be copied.*__deepcopy"):
         fit(make_duo(net), Classifier())

@@ -203,3 +203,10 @@ def test_what_does_not_fit_is_named() -> None:
         Predictions.of(BASE.softmax(1), TARGETS, confidence=torch.ones(5))
     with pytest.raises(ValueError, match="apply softmax"):
         Predictions.of(BASE, TARGETS)
+
+
+def test_members_are_not_replaced_in_silence() -> None:
+    with pytest.raises(ValueError, match=r"\['base'\] are given already"):
+        evaluate(BASE, SIDEKICK, TARGETS, FIT, base=SECOND)
+    with pytest.raises(ValueError, match="'nobody' has no members.*forwards"):
+        judge(Form("nobody", {}, mean_probability), MEMBERS, TARGETS)
