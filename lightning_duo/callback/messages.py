@@ -22,6 +22,8 @@ class Messages:
     def warn(self, text: str, *, once: str | None = None) -> None:
         """Warn; of a topic given as ``once`` the first time only."""
         if once is None or self.first(once):
+            # Python shows a text once for each place; here a second time is another event.
+            globals().pop("__warningregistry__", None)
             rank_zero_warn(f"{self.speaker}: {text}")
 
     def first(self, topic: str) -> bool:

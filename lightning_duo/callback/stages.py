@@ -204,9 +204,10 @@ class Validation(Stage):
             # For those that watch these values: Lightning would go on with the last ones, or fail.
             self._log_nothing(measurable)
             run.messages.warn(
-                f"no temperatures can be fitted at step {run.global_step}: {error}. If it is the "
-                "sidekick that diverges, give it a smaller learning rate (optimizer=...) or clip "
-                "gradients; if the base masks classes, the sidekick must mask them too"
+                f"no temperatures can be fitted at step {run.global_step}: {error}. If the base "
+                "diverges, look at its learning rate and inputs; if the sidekick does, give it a "
+                "smaller learning rate (optimizer=...) or clip gradients; if the base masks "
+                "classes, the sidekick must mask them too"
             )
             return None
         found = {

@@ -328,3 +328,16 @@ def test_a_module_that_cannot_be_copied_is_named() -> None:
     net.lock = threading.Lock()
     with pytest.raises(MisconfigurationException, match=r"Sequential cannot be copied.*__deepcopy"):
         fit(make_duo(net), Classifier())
+
+
+def test_the_same_trouble_in_another_run_is_warned_of_again() -> None:
+    class Diverged(Classifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.nan
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("default")  # which shows a text once for each place
+        for _ in range(2):
+            fitted(make_duo(), Diverged(), max_epochs=1)
+    said = [w for w in record if "no temperatures can be fitted" in str(w.message)]
+    assert len(said) == 2
