@@ -170,6 +170,8 @@ class Sidekick:
     ) -> None:
         self.model, self.num_classes, self.messages = model, num_classes, messages
         given = options.sidekick_transform
+        if isinstance(given, nn.Module):
+            (given,) = copies(given)  # it may keep statistics, which are this run's
         # Whether images are resized first -> what the inputs go through; known when first needed.
         self._transforms: dict[bool, Callable[[Any], Any] | None]
         self._transforms = {} if given is None else {False: given, True: given}

@@ -214,6 +214,17 @@ def test_a_restored_pair_is_not_called_a_new_one(tmp_path: Path) -> None:
         trainer.validate(other, loader(VAL), verbose=False)
 
 
+def test_what_a_transform_learns_is_its_runs_own() -> None:
+    norm = nn.BatchNorm2d(3, affine=False)
+    first = digest(norm.state_dict())
+    module, duo = Classifier(), make_duo(sidekick_transform=norm)
+    for fold in range(2):
+        draw_anew(module, fold)
+        own = fit(make_duo(sidekick_transform=copy.deepcopy(norm)), copy.deepcopy(module))
+        assert fit(duo, module) == own
+    assert digest(norm.state_dict()) == first
+
+
 def test_what_one_run_has_said_another_says_again() -> None:
     class Scales(Classifier):
         def validation_step(self, batch: list, batch_idx: int) -> None:
