@@ -16,7 +16,7 @@ from runs import INFO, fitted, make_duo, reference_fit
 from torch import nn
 
 from lightning_duo import DuoCallback, DuoModule
-from lightning_duo.callback.run import fingerprint
+from lightning_duo.callback.fingerprint import fingerprint
 
 
 class Diverges(L.Callback):
