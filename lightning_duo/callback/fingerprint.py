@@ -77,4 +77,5 @@ def exact_fingerprint(module: nn.Module) -> int | None:
 def _weighted_sum(bits: Tensor) -> Tensor:
     """Sum of integers, each times an odd number of its place, modulo 2^64."""
     places = torch.arange(len(bits), device=bits.device)
-    return (bits.long() * (places * 0x5851F42D + places * places * 2 + 1)).sum()
+    odd = 2 * (places * 0x5851F42D + places * places) + 1
+    return (bits.long() * odd).sum()

@@ -115,7 +115,7 @@ def check_monitors(trainer: Trainer, options: Options) -> None:
             remedy = f'pass DuoCallback(..., metrics={(*options.metrics, metric)}) or metrics="all"'
         elif bare in ("duo/threshold", "duo/val_coverage", "duo/val_selective_accuracy"):
             remedy = "pass DuoCallback(..., target_accuracy=...)"
-        elif bare.startswith("duo/"):  # nobody else's names begin so
+        elif bare.startswith("duo/") and bare.count("/") == 1:  # nobody else's names are so
             near = [known for known in sorted(logged) if known.startswith(bare)]
             near += difflib.get_close_matches(bare, sorted(logged), n=1, cutoff=0.0)
             remedy = f"did you mean {options.prefix + near[0]!r}?"

@@ -111,6 +111,7 @@ class Unusual(L.Callback):
 def test_monitored_names_of_others_are_not_touched(tmp_path: Path) -> None:
     fitted(make_duo(name="small"), Classifier(), EarlyStopping("val_loss"), Unusual())
     fitted(make_duo(name="small"), Classifier(), EarlyStopping("small/base/val_nll"))
+    fitted(make_duo(), None, make_duo(name="duo"), EarlyStopping("duo/duo/val_nll"))
 
 
 # ---- what is shown ----

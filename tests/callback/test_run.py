@@ -187,15 +187,23 @@ def swap_two_units(module: Classifier) -> None:
         module.net[1].weight.copy_(module.net[1].weight.roll(1, 0))
 
 
+def flip_one_sign(module: Classifier) -> None:
+    with torch.no_grad():
+        module.exact[1] *= -1
+
+
 def redraw_complex_numbers(module: Classifier) -> None:
     with torch.no_grad():
         module.spectrum.normal_()
 
 
-@pytest.mark.parametrize("change", [redraw_a_buffer, swap_two_units, redraw_complex_numbers])
+@pytest.mark.parametrize(
+    "change", [redraw_a_buffer, swap_two_units, flip_one_sign, redraw_complex_numbers]
+)
 def test_any_bit_of_the_base_tells_another_run(change: Callable) -> None:
     module, duo = Classifier(), make_duo()
     module.register_buffer("prototypes", torch.randn(4, 3))
+    module.exact = nn.Parameter(torch.randn(4, dtype=torch.float64), requires_grad=False)
     module.spectrum = nn.Parameter(torch.randn(3, dtype=torch.complex64), requires_grad=False)
     fit(duo, module)
     change(module)
