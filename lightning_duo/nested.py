@@ -58,7 +58,8 @@ def at(value: Any, path: Path) -> Any:
     """
     for key in path:
         try:
-            indexed = isinstance(value, Mapping | Sequence) or _is_graph(value)
+            by_place = isinstance(value, Sequence) and isinstance(key, int)
+            indexed = by_place or isinstance(value, Mapping) or _is_graph(value)
             value = value[key] if indexed else getattr(value, str(key))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise LookupError(f"there is no {path_text(path)}: {error}") from error
