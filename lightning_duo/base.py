@@ -1,14 +1,126 @@
-"""The base's logits, from whatever a user's module makes of a batch."""
+"""Calls of a user's models, and the logits in what they return."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_duo.batch import describe
+from lightning_duo.nested import Path, at
 
-LogitsFn = Callable[[nn.Module, Any], Tensor]
+LogitsFn = Callable[..., Tensor]
+POSITIONS = {"[:, -1]": -1, "[:, 0]": 0}
+"""Last keys of a path to logits -> which position of dimension 1 is meant."""
+
+
+class Call(NamedTuple):
+    """Arguments of one call, ``model(*args, **kwargs)``.
+
+    Functions that take one input of a model take a `Call` in its place if the model has several
+    arguments.
+
+    Example:
+        >>> import torch
+        >>> Call((torch.ones(2, 2),), {"other": torch.eye(2)}).of(torch.add)
+        tensor([[2., 1.],
+                [1., 2.]])
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def with_input(cls, value: Any) -> "Call":
+        """The call with one input, if the value is not a call already."""
+        return value if isinstance(value, Call) else cls((value,), {})
+
+    def of(self, function: Callable[..., Any]) -> Any:
+        """What the function, or the model, returns for these arguments."""
+        return function(*self.args, **self.kwargs)
+
+
+def logits_in(output: Any, path: Path = (), *, fewest: int = 2) -> Tensor | None:
+    """Find the logits in what a model returned; None if there are none.
+
+    Args:
+        output: A tensor, which is the logits; or a structure that holds them where the path leads,
+            or else under the key or attribute ``logits``.
+        path: Keys, positions and names of attributes. The last may be ``"[:, -1]"`` or
+            ``"[:, 0]"``: the logits are at the last or first position of dimension 1 of that
+            tensor, or of the output if that is a tensor.
+        fewest: Dimensions that a tensor has at least where a position is taken of it; one with
+            fewer is that of a position already.
+
+    Returns:
+        A floating-point tensor of at least one dimension. The task judges its shape.
+
+    Example:
+        >>> import torch
+        >>> steps, state = torch.zeros(2, 7, 3), torch.zeros(2, 5)
+        >>> logits_in((steps, state), (0, "[:, -1]")).shape
+        torch.Size([2, 3])
+    """
+    found = _found(output, path)
+    return found if found is None or found.ndim < fewest else _at_position(found, path)
+
+
+def logits_like(base: Tensor, output: Any, path: Path = ()) -> Tensor | None:
+    """Find the sidekick's logits in what it returned, in the shape of the base's.
+
+    The sidekick may return another structure than the base, and with or without the dimension 1
+    of which the path takes a position.
+
+    Args:
+        base: Logits of the base, as `logits_in` finds them.
+        output: What the sidekick returned.
+        path: As in `logits_in`.
+
+    Returns:
+        None if there are no logits.
+
+    Raises:
+        ValueError: If they have another shape, apart from dimensions of size 1.
+
+    Example:
+        >>> import torch
+        >>> logits_like(torch.zeros(2, 1), {"logits": torch.ones(2)}).shape
+        torch.Size([2, 1])
+    """
+    found = _found(output, path)
+    if found is None or found.shape == base.shape:
+        return found
+    for logits in (found, _at_position(found, path)):
+        if _long(logits) == _long(base):
+            return logits.reshape(base.shape)
+    raise ValueError(
+        f"base and sidekick must give logits of one shape, got {tuple(base.shape)} and "
+        f"{tuple(found.shape)}; give both the same number of classes"
+    )
+
+
+def _found(output: Any, path: Path) -> Tensor | None:
+    """The first tensor of floating-point numbers where logits may be."""
+    keys = path[:-1] if path and path[-1] in POSITIONS else path
+    for way in ((),) if isinstance(output, Tensor) else (keys, ("logits",)):
+        try:
+            found = at(output, way)
+        except LookupError:
+            continue
+        if isinstance(found, Tensor) and found.ndim and found.is_floating_point():
+            return found
+    return None
+
+
+def _at_position(logits: Tensor, path: Path) -> Tensor:
+    """Logits at the position that ends the path, if one does."""
+    positions = [POSITIONS[str(key)] for key in path[-1:] if key in POSITIONS]
+    return logits[:, positions[0]] if positions and logits.ndim > 1 else logits
+
+
+def _long(logits: Tensor) -> list[int]:
+    """Sizes of the dimensions that hold more than one value."""
+    return [size for size in logits.shape if size != 1]
 
 
 def as_logits(output: Any) -> Tensor | None:
@@ -17,12 +129,8 @@ def as_logits(output: Any) -> Tensor | None:
     Args:
         output: A tensor, a mapping with the key ``logits`` or an object with that attribute.
     """
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "logits", None)
-    is_logits = isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point()
-    return output if is_logits else None
+    logits = logits_in(output)
+    return logits if logits is not None and logits.ndim == 2 else None
 
 
 def remedy(output: Any) -> str:
@@ -47,7 +155,8 @@ class LogitsOf(nn.Module):
     """A base whose logits a ``logits_fn`` computes, as it is part of a duo.
 
     Args:
-        logits_fn: ``(module, inputs) -> logits (N, K)``.
+        logits_fn: ``(module, inputs) -> logits``; with several inputs
+            ``(module, *args, **kwargs) -> logits``.
         module: The base.
 
     Example:
@@ -62,8 +171,8 @@ class LogitsOf(nn.Module):
         self.logits_fn, self.module = logits_fn, module
 
     @override
-    def forward(self, x: Any) -> Tensor:
-        return self.logits_fn(self.module, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.logits_fn(self.module, *args, **kwargs)
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -6,63 +6,81 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from typing_extensions import Self, override
 
-from lightning_duo.base import LogitsOf, as_logits
-from lightning_duo.files import whole
+from lightning_duo.base import LogitsOf, logits_in, logits_like
+from lightning_duo.batch import describe
+from lightning_duo.nested import Path as Keys
+from lightning_duo.nested import mapped
+from lightning_duo.saved import eager_name, read_header, write_duo
+from lightning_duo.tasks import Classes, Labels, Task, task_from_state, task_state
 from lightning_duo.temperature import UNWEIGHTED
 from lightning_duo_kernels import duo_head, weighted_sum
+from lightning_duo_kernels.head import HeadOutput
 
 Mode = Literal["weighted", "unweighted", "uq_only"]
 
 
 class DuoOutput(NamedTuple):
-    """What a duo says of each sample."""
+    """What a duo says of each sample, or of each pixel, token or label of a sample."""
 
     probs: Tensor
-    """Class probabilities, shape (N, K), float32."""
+    """Probabilities in the shape of the base's logits, such as (N, K) or (N, K, H, W), float32: of
+    the classes; for `Labels` that the label holds."""
     prediction: Tensor
-    """Predicted class, shape (N,), int64."""
+    """Predicted class, shape (N,) or (N, H, W), say, int64; for `Labels` 0 or 1 in the shape of
+    the base's logits."""
     confidence: Tensor
-    """Probability of the prediction, shape (N,), float32."""
+    """Probability of the prediction, in the prediction's shape, float32."""
     accept: Tensor
-    """Whether the confidence reaches the threshold, shape (N,), bool."""
+    """Whether the confidence reaches the threshold, in the prediction's shape, bool."""
 
 
 class DuoModule(nn.Module):
     """A base and a sidekick that predict together.
 
-    Both see the same input ``x``; put what the sidekick needs (another resolution, say) in front
-    of it, as in ``nn.Sequential(Resize(96), model)``. The temperatures (2,) and the threshold
-    are float32 buffers, which stay float32 when the module is converted to half precision.
+    A duo is called as the base is: both models get the same arguments. Put what the sidekick needs
+    (another resolution, say) in front of it, as in ``nn.Sequential(Resize(96), model)``. The
+    temperatures (2,) and the threshold are float32 buffers, which stay float32 when the module is
+    converted to half precision.
 
     Args:
-        base: Maps ``x`` to logits (N, K), or to an object or mapping with ``logits``.
-        sidekick: The same, for the same classes.
+        base: Returns logits, such as (N, K), or a structure that holds them: where ``logits_at``
+            leads, or else under the key or attribute ``logits``.
+        sidekick: The same, for the same classes or labels; its structure may be another.
         temperatures: Non-negative multipliers (base, sidekick), from `fit_temperatures`.
         mode: ``weighted``; ``unweighted``, with both temperatures 0.5 whatever is given; or
             ``uq_only``, where the base predicts and the duo says how sure that is.
         threshold: Lowest confidence to accept, in [0, 1]; ``inf`` accepts nothing.
+        task: What the logits decide: `Classes` or `Labels` of `lightning_duo.tasks`.
+        logits_at: Keys, positions and names of attributes that lead to the logits in what the
+            models return, such as ``(0,)`` for the first of a tuple. The last may be ``"[:, -1]"``
+            or ``"[:, 0]"``, for the last or first position of dimension 1, such as the last step
+            of a recurrent network or a class token.
 
     Raises:
         ValueError: If temperatures are negative or not finite, the mode is unknown, or the
             threshold is neither in [0, 1] nor ``inf``.
+        TypeError: If the task or ``logits_at`` is of another type.
 
     Example:
         >>> import torch
         >>> duo = DuoModule(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), (1.0, 0.5))
         >>> duo(torch.randn(2, 4)).probs.shape
         torch.Size([2, 3])
+        >>> convs = torch.nn.Conv2d(3, 5, 1), torch.nn.Conv2d(3, 5, 1)
+        >>> DuoModule(*convs, (1.0, 0.5))(torch.zeros(2, 3, 8, 8)).prediction.shape
+        torch.Size([2, 8, 8])
 
     Source: Asymmetric Duos, Sec. 3.1.
     """
 
     temperatures: Tensor
     threshold: Tensor
+    task: Task = Classes()  # here too for what earlier versions pickled
+    logits_at: Keys = ()
 
     def __init__(
         self,
@@ -72,74 +90,106 @@ class DuoModule(nn.Module):
         *,
         mode: Mode = "weighted",
         threshold: float = 0.0,
+        task: Task = Classes(),  # noqa: B008 (it is frozen)
+        logits_at: Keys = (),
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-        weights = torch.as_tensor(
-            UNWEIGHTED if mode == "unweighted" else temperatures, dtype=torch.float32
-        ).detach()
-        weights = weights.clone()
-        if weights.shape != (2,) or not (weights.isfinite() & (weights >= 0)).all():
-            raise ValueError(
-                "temperatures must be two finite numbers (base, sidekick), each at least 0, got "
-                f"{temperatures}"
-            )
-        if not (0 <= threshold <= 1 or threshold == math.inf):
-            raise ValueError(
-                "threshold must be a confidence in [0, 1], or inf to accept nothing, got "
-                f"{threshold}"
+        if not isinstance(task, Classes | Labels):
+            raise TypeError(f"task must be Classes(...) or Labels(...), got {task!r}")
+        if not isinstance(logits_at, tuple):
+            raise TypeError(
+                f"logits_at must be a tuple of keys, positions and names, such as ('out', 0), got "
+                f"{logits_at!r}"
             )
         self.base, self.sidekick, self.mode = base, sidekick, mode
-        self.register_buffer("temperatures", weights)
-        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
+        self.task, self.logits_at = task, logits_at
+        weights = UNWEIGHTED if mode == "unweighted" else temperatures
+        self.register_buffer("temperatures", _checked_temperatures(weights))
+        self.register_buffer("threshold", _checked_threshold(threshold))
 
     @override
-    def forward(self, x: Any) -> DuoOutput:
-        """Predict; ``x`` is what the base's forward takes."""
-        base, sidekick = self.member_logits(x)
-        head = duo_head(base, sidekick, self.temperatures, uq_only=self.mode == "uq_only")
-        assert head.probs is not None
-        return DuoOutput(
-            head.probs, head.prediction, head.confidence, head.confidence >= self.threshold
-        )
+    def forward(self, *args: Any, **kwargs: Any) -> DuoOutput:
+        """Predict; the arguments are those of the base's forward."""
+        return self.head(*self.member_logits(*args, **kwargs))
 
-    def logits(self, x: Any) -> Tensor:
-        """Weighted sum of both models' logits, shape (N, K), float32."""
-        return weighted_sum(*self.member_logits(x), self.temperatures)
+    def head(
+        self, base: Tensor, sidekick: Tensor, *, rows_head: Callable[..., HeadOutput] = duo_head
+    ) -> DuoOutput:
+        """Predict from the logits of both models.
 
-    def member_logits(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Logits of base and sidekick, each (N, K), of one dtype.
+        Args:
+            base: Logits of the base, of any shape that the task knows.
+            sidekick: Logits of the sidekick, of the same shape and dtype.
+            rows_head: What predicts for logits (R, K), called as `duo_head` is.
+        """
+        rows = self._rows(base, sidekick)
+        found = rows_head(*rows, self.temperatures, uq_only=self.mode == "uq_only")
+        assert found.probs is not None
+        accept = found.confidence >= self.threshold
+        parts = (found.probs, found.prediction, found.confidence, accept)
+        return DuoOutput(*(self.task.back(part, base) for part in parts))
 
-        The base is given a copy of the tensors in ``x`` (itself a tensor, or tuples, lists and
-        dicts of them): one that begins with an operation in place would change what the sidekick
-        sees.
+    def logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Weighted sum of both models' logits in the shape of the base's, float32."""
+        base, sidekick = self.member_logits(*args, **kwargs)
+        return self.task.back(weighted_sum(*self._rows(base, sidekick), self.temperatures), base)
+
+    def member_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Logits of base and sidekick, in the shape of the base's and of one dtype.
+
+        The base is given a copy of the tensors in its arguments, whatever holds them: one that
+        begins with an operation in place would change what the sidekick sees.
 
         Raises:
-            ValueError: If either gives no logits, or their shapes differ.
+            ValueError: If either gives no logits, or their shapes differ, apart from dimensions
+                of size 1.
         """
-        copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
-        base, sidekick = as_logits(self.base(copied)), as_logits(self.sidekick(x))
-        if base is None or sidekick is None:
-            raise ValueError(
-                f"the {'base' if base is None else 'sidekick'} of a DuoModule must return "
-                "floating-point logits (N, K), or an object or mapping with them under 'logits'"
-            )
-        if base.shape != sidekick.shape:
-            raise ValueError(
-                f"base and sidekick must give logits of one shape, got {tuple(base.shape)} and "
-                f"{tuple(sidekick.shape)}; give both the same number of classes"
-            )
-        if base.dtype != sidekick.dtype or base.dtype == torch.float64:
-            base, sidekick = base.float(), sidekick.float()
-        return base, sidekick
+        base = self.base_logits(
+            *(mapped(value, Tensor.clone) for value in args),
+            **{name: mapped(value, Tensor.clone) for name, value in kwargs.items()},
+        )
+        output = self.sidekick(*args, **kwargs)
+        sidekick = _found("sidekick", logits_like(base, output, self.logits_at), output)
+        return _of_one_dtype(base, sidekick)
+
+    def base_logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of the base alone, in its shape and dtype.
+
+        Raises:
+            ValueError: If it gives none.
+        """
+        output = self.base(*args, **kwargs)
+        return _found("base", logits_in(output, self.logits_at), output)
+
+    def sidekick_logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of the sidekick alone, in its shape and dtype.
+
+        Where ``logits_at`` ends in a position of dimension 1, logits of two dimensions are taken
+        for those of that position already.
+
+        Raises:
+            ValueError: If it gives none.
+        """
+        output = self.sidekick(*args, **kwargs)
+        return _found("sidekick", logits_in(output, self.logits_at, fewest=3), output)
+
+    def _rows(self, base: Tensor, sidekick: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of both as rows (R, K), of one dtype."""
+        return _of_one_dtype(
+            self.task.rows(base, member="base").logits,
+            self.task.rows(sidekick, member="sidekick").logits,
+        )
 
     @override
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.4g}" for weight in self.temperatures.tolist())
+        task = "" if self.task == Classes() else f", task={self.task}"
         return (
             f"DuoModule(base={_described(self.base)}, sidekick={_described(self.sidekick)}, "
-            f"mode={self.mode!r}, temperatures=({weights}), threshold={self.threshold.item():.4g})"
+            f"mode={self.mode!r}, temperatures=({weights}), threshold={self.threshold.item():.4g}"
+            f"{task})"
         )
 
     @override
@@ -154,33 +204,17 @@ class DuoModule(nn.Module):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write weights, temperatures, threshold and mode to one safetensors file.
+        """Write weights, temperatures, threshold, mode and task to one safetensors file.
 
         The file appears whole or not at all.
 
         Raises:
             ValueError: If a module keeps state that is no tensor.
         """
-        tensors: dict[str, Tensor] = {}
-        written: set[int] = set()
-        for name, value in self.state_dict().items():
-            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-                what = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"{name} is no dense tensor with values ({what}), and a duo file can hold "
-                    "nothing else; if a module's get_extra_state returns it, return a tensor "
-                    "there, or use torch.save(duo.state_dict(), path)"
-                )
-            own = value.contiguous()
-            # The format stores no aliases: tied weights are written once for every name.
-            memory = own.untyped_storage().data_ptr()
-            tensors[_eager_name(name)] = own.clone() if memory in written else own
-            written.add(memory)
-        with whole(path) as file:
-            file.touch()
-            usual = file.stat().st_mode  # the format's own writer leaves files to their owner alone
-            save_file(tensors, file, metadata={"format": "lightning_duo/1", "mode": self.mode})
-            file.chmod(usual)
+        more: dict[str, Any] = {}
+        if self.task != Classes() or self.logits_at:
+            more = {"task": task_state(self.task), "logits_at": self.logits_at}
+        write_duo(path, self.state_dict(), self.mode, more)
 
     @classmethod
     def load(cls, path: str | Path, base: nn.Module, sidekick: nn.Module) -> Self:
@@ -197,10 +231,13 @@ class DuoModule(nn.Module):
         Raises:
             ValueError: If the file is no saved duo, or does not fit the modules.
         """
-        mode, _ = read_header(path)
-        duo = cls(base, sidekick, (1.0, 0.0), mode=mode)
+        header = read_header(path)
+        mode: Any = header.mode
+        task = task_from_state(header.more.get("task"))
+        keys = tuple(header.more.get("logits_at", ()))
+        duo = cls(base, sidekick, (1.0, 0.0), mode=mode, task=task, logits_at=keys)
         try:
-            own = {_eager_name(name): name for name in duo.state_dict()}
+            own = {eager_name(name): name for name in duo.state_dict()}
             duo.load_state_dict({own.get(k, k): v for k, v in load_file(path).items()})
         except RuntimeError as error:
             raise ValueError(
@@ -220,27 +257,37 @@ def _described(model: nn.Module) -> str:
     return f"{' -> '.join(names)} ({count:,} parameters)"
 
 
-def _eager_name(name: str) -> str:
-    """Name of a tensor without what `torch.compile` adds to those of the models it wraps."""
-    return name.replace("_orig_mod.", "")
+def _found(name: str, logits: Tensor | None, output: Any) -> Tensor:
+    """The logits of a model, or an error that says where they are looked for."""
+    if logits is None:
+        raise ValueError(
+            f"the {name} of a DuoModule must return floating-point logits, such as (N, K), or an "
+            f"object or mapping with them under 'logits', got {describe(output)}; pass "
+            "DuoModule(..., logits_at=...) with the keys that lead to them, such as (0,) for the "
+            "first of a tuple"
+        )
+    return logits
 
 
-def read_header(path: str | Path) -> tuple[Mode, dict[str, list[int]]]:
-    """Mode and shapes of all tensors of a saved duo.
+def _of_one_dtype(base: Tensor, sidekick: Tensor) -> tuple[Tensor, Tensor]:
+    if base.dtype != sidekick.dtype or base.dtype == torch.float64:
+        return base.float(), sidekick.float()
+    return base, sidekick
 
-    Raises:
-        ValueError: If the file is none.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a duo saved by DuoModule.save ({error})") from error
-    if metadata.get("format") != "lightning_duo/1":
-        raise ValueError(f"{path} is not a duo saved by DuoModule.save: it has no such metadata")
-    mode = metadata["mode"]
-    assert mode in get_args(Mode)
-    return mode, shapes
+
+def _checked_temperatures(values: Sequence[float]) -> Tensor:
+    weights = torch.as_tensor(values, dtype=torch.float32).detach().clone()
+    if weights.shape != (2,) or not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(
+            "temperatures must be two finite numbers (base, sidekick), each at least 0, got "
+            f"{values}"
+        )
+    return weights
+
+
+def _checked_threshold(value: float) -> Tensor:
+    if not (0 <= value <= 1 or value == math.inf):
+        raise ValueError(
+            f"threshold must be a confidence in [0, 1], or inf to accept nothing, got {value}"
+        )
+    return torch.tensor(value, dtype=torch.float32)

@@ -11,7 +11,7 @@ from helpers import DEVICES, small_net
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_duo import DuoModule, DuoOutput, Temperatures
+from lightning_duo import DuoModule, DuoOutput, LogitsOf, Temperatures
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -232,8 +232,11 @@ def test_bad_arguments_are_named(options: dict, message: str) -> None:
 def test_bad_members_are_named() -> None:
     with pytest.raises(ValueError, match=r"\(64, 4\) and \(64, 5\).*classes"):
         DuoModule(small_net(4), small_net(5), (1.0, 1.0)).eval()(X)
-    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits'"):
+    with pytest.raises(ValueError, match=r"\(64, 4\) and \(64, 3, 8, 8\).*classes"):
         DuoModule(small_net(), nn.Identity(), (1.0, 1.0)).eval()(X)
+    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits', got .*int64.*logits_at="):
+        classes = LogitsOf(lambda net, x: net(x).argmax(1), small_net())
+        DuoModule(small_net(), classes, (1.0, 1.0)).eval()(X)
 
 
 def test_a_base_that_works_in_place_leaves_the_sidekicks_inputs_alone() -> None:

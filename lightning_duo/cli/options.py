@@ -90,10 +90,10 @@ def build_part(part: str, spec: str, duo: str) -> "nn.Module":
     """The base or sidekick of a saved duo, with as many classes as the file has."""
     if is_function(spec):
         return _call(part, spec)
-    from lightning_duo.module import read_header
+    from lightning_duo.saved import read_header
     from lightning_duo.zoo import build_sidekick, head_parameters
 
-    _, shapes = read_header(duo)
+    shapes = read_header(duo).shapes
     # The head's last parameter, its bias if it has one, begins with the classes.
     name, _ = head_parameters(build_sidekick(spec, 2, pretrained=False), 2)[-1]
     if f"{part}.{name}" not in shapes:
