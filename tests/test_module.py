@@ -234,8 +234,8 @@ def test_bad_members_are_named() -> None:
         DuoModule(small_net(4), small_net(5), (1.0, 1.0)).eval()(X)
     with pytest.raises(ValueError, match=r"\(64, 4\) and \(64, 3, 8, 8\).*classes"):
         DuoModule(small_net(), nn.Identity(), (1.0, 1.0)).eval()(X)
+    classes = LogitsOf(lambda net, x: net(x).argmax(1), small_net())
     with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits', got .*int64.*logits_at="):
-        classes = LogitsOf(lambda net, x: net(x).argmax(1), small_net())
         DuoModule(small_net(), classes, (1.0, 1.0)).eval()(X)
 
 
