@@ -93,6 +93,23 @@ def _mapped(value: Any, change: Callable[[Tensor], Any], depth: int) -> Any:
     return _rebuilt(value, new)
 
 
+def kept(value: Any) -> Any:
+    """A copy of a structure that holds the same tensors, whatever becomes of the given one."""
+    if isinstance(value, Tensor) or isinstance(value, (*_PLAIN, *_CODE)):
+        return value
+    if _is_graph(value):
+        return copy.copy(value)
+    return _rebuilt(value, {key: kept(part) for key, part in parts(value)})
+
+
+def every_part(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Everything in a structure, tensors and what holds them, the outer before the inner."""
+    yield path, value
+    if not isinstance(value, Tensor) and len(path) < DEEPEST:
+        for key, part in parts(value):
+            yield from every_part(part, (*path, key))
+
+
 def without(value: Any, path: Path) -> Any:
     """A copy of a mapping, graph or object that lacks the part at a path.
 

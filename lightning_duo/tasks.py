@@ -197,6 +197,40 @@ Task: TypeAlias = Classes | Labels
 _TASKS: dict[str, type[Classes] | type[Labels]] = {"classes": Classes, "labels": Labels}
 
 
+def task_of(logits: Tensor, targets: Tensor, *, labels: bool = False) -> Task:
+    """The task that shapes and dtypes leave no doubt about.
+
+    Args:
+        logits: What the base gives.
+        targets: Of the same batch.
+        labels: Whether it is known that each logit is of a label of its own.
+
+    Raises:
+        ValueError: If there are several tasks that it may be, or none.
+
+    Example:
+        >>> task_of(torch.zeros(2, 7, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
+        Classes(dim=1, ignore_index=None)
+    """
+    whole = not targets.is_floating_point() and targets.dtype != torch.bool
+    if labels and targets.numel() == logits.numel():
+        return Labels()
+    if logits.ndim >= 2 and logits.shape[1] > 1:
+        if targets.shape == logits.shape and targets.is_floating_point() and logits.ndim == 2:
+            return Classes()
+        if whole and targets.shape == (logits.shape[0], *logits.shape[2:]):
+            return Classes()
+    if logits.ndim >= 3 and logits.shape[-1] > 1 and whole and targets.shape == logits.shape[:-1]:
+        return Classes(dim=-1)
+    raise ValueError(
+        f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} of {targets.dtype} do "
+        "not say what is to be decided: a duo needs logits of K >= 2 classes and one class index "
+        "for each sample (or pixel or token), or one target of 0 or 1 for each logit; pass "
+        "task=lightning_duo.tasks.Labels() if each logit is a label of its own (binary, "
+        "multi-label), or task=Classes(dim=...) with the dimension of the classes"
+    )
+
+
 def task_state(task: Task) -> dict[str, Any]:
     """A task in types that JSON and checkpoints hold."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(task).items()}

@@ -6,16 +6,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_duo.base import LogitsOf, call_base, has_forward
+from lightning_duo.base import LogitsOf, has_forward
 from lightning_duo.callback.fingerprint import is_sharded
 from lightning_duo.callback.log import stage_name
 from lightning_duo.callback.options import FORMS
+from lightning_duo.callback.replay import StepDuo, StepLogits
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import copies
 from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.module import DuoModule
 from lightning_duo.report import print_summary, write_report
+from lightning_duo.tasks import Classes
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -35,12 +37,6 @@ def duo_of(run: Run) -> DuoModule:
             "with validation data, or trainer.validate"
         )
     run.warn_if_stale()
-    logits_fn = run.options.logits_fn
-    if logits_fn is None and not has_forward(run.base):
-        raise ValueError(
-            f"{type(run.base).__name__} has no forward, so the duo cannot call it; define "
-            "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-        )
     if is_sharded(run.base):
         raise MisconfigurationException(
             "each process holds a shard of the base only, so no duo can be copied; save with "
@@ -53,9 +49,36 @@ def duo_of(run: Run) -> DuoModule:
         # copied function still runs the original's weights.
         for name in _STEPS:
             vars(base).pop(name, None)
-    whole: nn.Module = base if logits_fn is None else LogitsOf(logits_fn, base)
-    duo = run.fitted.calibration.module(whole, sidekick)
+    threshold = run.fitted.calibration.threshold
+    reading, task = run.reading, run.task
+    duo = (StepDuo if reading is not None and reading.whole else DuoModule)(
+        _callable(run, base),
+        sidekick,
+        run.fitted.calibration.temperatures,
+        threshold=0.0 if threshold is None else threshold.value,
+        # Which targets count is nothing to a duo that knows none.
+        task=Classes(task.dim) if isinstance(task, Classes) else task,
+        logits_at=() if reading is None else reading.logits_at,
+    )
     return duo.to(run.base.device).requires_grad_(False).eval()
+
+
+def _callable(run: Run, base: LightningModule) -> nn.Module:
+    """What of the base the duo calls: all of it, a part, or its step."""
+    reading, logits_fn = run.reading, run.options.logits_fn
+    if logits_fn is not None:
+        return LogitsOf(logits_fn, base)
+    if reading is not None and reading.whole:
+        assert run.num_classes is not None
+        return StepLogits(base, reading, run.num_classes)
+    if reading is not None and reading.module:
+        return base.get_submodule(reading.module)
+    if not has_forward(base):
+        raise ValueError(
+            f"{type(base).__name__} has no forward, so the duo cannot call it; define "
+            "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
+        )
+    return base
 
 
 def cost_of(run: Run) -> Cost | None:
@@ -65,7 +88,7 @@ def cost_of(run: Run) -> Cost | None:
     base, sidekick = run.base, run.sidekick.deployable()
     try:
         with own_stream(base.device), unnoticed(base):
-            flops = count_flops(base, run.example, run.options.logits_fn or call_base)
+            flops = count_flops(_callable(run, base), run.example)
             others = count_flops(sidekick, run.example)
     except Exception as error:  # the user's forward may want more than a batch of one
         run.messages.warn(f"the FLOPs of base and sidekick are unknown: {error}")

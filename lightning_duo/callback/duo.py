@@ -29,6 +29,7 @@ from lightning_duo.callback.training import Progress
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
 from lightning_duo.module import DuoModule
+from lightning_duo.tasks import Task
 from lightning_duo.temperature import TemperatureFit
 from lightning_duo.zoo import SidekickSource
 
@@ -70,11 +71,15 @@ class DuoCallback(Callback):
         sidekick_transform: From the base's inputs to the sidekick's, on the device, for example
             ``torchvision.transforms.v2.Resize(96)``. By default inputs are resized if the sidekick
             takes one size only, and re-normalised if both models state how they normalise.
-        batch_fn: ``batch -> (inputs, targets)``, for batches that are neither a tuple nor a mapping
-            with usual keys. It is given the batch as the step will get it, before the step.
-        logits_fn: ``(module, inputs) -> logits (N, K)``, for modules whose step and forward do not
-            give the logits. To be named in a file of LightningCLI, a function is annotated
+        batch_fn: ``batch -> (inputs, targets)``, where inputs and targets cannot be seen from the
+            step, or others are meant. It is given the batch as the step will get it, before it.
+        logits_fn: ``(module, inputs) -> logits``, where the logits cannot be seen from the step, or
+            others are meant. To be named in a file of LightningCLI, a function is annotated
             ``-> torch.Tensor``.
+        task: `tasks.Classes` or `tasks.Labels`, where the logits' shape leaves a doubt beside
+            ``batch_fn`` or ``logits_fn``.
+        head: Of a module with several heads the one that is meant: the name of the submodule that
+            gives its logits, or their place in the output; by default that of the first loss.
         probe: Fraction of the training that trains the sidekick's head only.
         optimizer: ``parameters -> Optimizer``; by default AdamW.
         lr_scheduler: ``optimizer -> scheduler``, stepped with the optimizer; by default linear
@@ -115,6 +120,8 @@ class DuoCallback(Callback):
         sidekick_transform: Callable[[Any], Any] | None = None,
         batch_fn: BatchFn | None = None,
         logits_fn: LogitsFn | None = None,
+        task: Task | None = None,
+        head: str | None = None,
         probe: float = 0.3,
         optimizer: OptimizerFn | None = None,
         lr_scheduler: SchedulerFn | None = None,
@@ -135,6 +142,8 @@ class DuoCallback(Callback):
             sidekick_transform=sidekick_transform,
             batch_fn=batch_fn,
             logits_fn=logits_fn,
+            task=task,
+            head=head,
             probe=probe,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -308,7 +317,7 @@ class DuoCallback(Callback):
         if self._run.training is None:  # the module's own on_train_start comes after ours
             self._run = self._run.unless_changed(trainer)
             self._run.check_restored(trainer, self.state_key)
-        self._run.begin_step(batch)
+        self._run.begin_step(trainer, batch, batch_idx)
 
     @override
     def on_train_batch_end(
@@ -377,6 +386,7 @@ class DuoCallback(Callback):
         stage, self._stage = self._stage, None
         assert isinstance(stage, Validation)
         stage.finish()
+        stage.check()
         if trainer.sanity_checking:
             return
         self._run.fitted = stage.fit()
@@ -398,6 +408,7 @@ class DuoCallback(Callback):
         stage, self._stage = self._stage, None
         assert isinstance(stage, Test)
         stage.finish()
+        stage.check()
         stage.report()
 
     # ---- checkpoints ----

@@ -16,6 +16,7 @@ from lightning_duo.batch import BatchFn
 from lightning_duo.calibration import check_request
 from lightning_duo.evaluation import MEASURES
 from lightning_duo.report import check_matplotlib
+from lightning_duo.tasks import Classes, Labels, Task
 from lightning_duo.zoo import SidekickSource, check_source
 
 OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -44,6 +45,8 @@ class Options:
     sidekick_transform: Callable[[Any], Any] | None = None
     batch_fn: BatchFn | None = None
     logits_fn: LogitsFn | None = None
+    task: Task | None = None
+    head: str | None = None
     probe: float = 0.3
     optimizer: OptimizerFn | None = None
     lr_scheduler: SchedulerFn | None = None
@@ -61,8 +64,14 @@ class Options:
         if self.calibration_loader < 0:
             raise ValueError(f"calibration_loader must be 0, 1, ..., got {self.calibration_loader}")
         check_source(self.sidekick, self.weights)
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
+        fewest = 1 if isinstance(self.task, Labels) else 2
+        if self.num_classes is not None and self.num_classes < fewest:
+            raise ValueError(f"num_classes must be at least {fewest}, got {self.num_classes}")
+        if self.task is not None and not isinstance(self.task, Classes | Labels):
+            raise TypeError(
+                "task must be lightning_duo.tasks.Classes(...) or Labels(), got "
+                f"{type(self.task).__name__}"
+            )
         if self.sidekick_transform is not None and not callable(self.sidekick_transform):
             raise TypeError("sidekick_transform must be callable: inputs -> the sidekick's inputs")
         if not 0 <= self.probe <= 1:

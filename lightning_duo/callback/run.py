@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_duo.base import Call
+from lightning_duo.callback.agreement import agree
 from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
-from lightning_duo.callback.sidekick import Sidekick
-from lightning_duo.callback.step import Step
-from lightning_duo.callback.training import Progress, Training
+from lightning_duo.callback.reading import Example, Reading
+from lightning_duo.callback.sidekick import Sidekick, run_sidekick, sidekick_logits
+from lightning_duo.callback.step import Learnt, Stage, Step
+from lightning_duo.callback.training import Progress, Training, check_range, task_loss
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
 from lightning_duo.isolation import own_stream
-from lightning_duo.tasks import check_soft_targets, check_targets
+from lightning_duo.tasks import Classes, Labels, Task
 
 UNKNOWN = -1  # no fingerprint is negative
 
@@ -53,8 +56,10 @@ class Run:
     best: BestSidekick | None = None
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     predictions: dict[str, dict[str, Predictions]] = field(default_factory=dict)
-    example: Tensor | None = None
-    """One sample of the base's inputs, to count operations with."""
+    learnt: dict[Stage, Learnt] = field(default_factory=dict)
+    """What the steps of each stage were seen to do."""
+    example: Call | None = None
+    """A call of the base for one sample, to count operations with."""
     cost: Cost | None = None
     global_step: int = -1
     """The Trainer's, at which the base has its weights; -1 if it is not known."""
@@ -87,6 +92,7 @@ class Run:
         # otherwise, which is read after this.
         identity = trainer.strategy.broadcast(uuid.uuid4().hex)
         again: dict[str, Any] = {"resume": None, "progress": None, "best": None, "paired": False}
+        again["learnt"] = {}
         return replace(run, base=base, id=identity, predictions={}, restored=False, **again)
 
     def _anew(self, base: LightningModule) -> "Run":
@@ -121,39 +127,82 @@ class Run:
 
     @property
     def num_classes(self) -> int | None:
-        """K; None as long as it is neither given nor seen."""
+        """How many outputs a head has; None as long as it is neither given nor seen."""
         return self.options.num_classes if self.sidekick is None else self.sidekick.num_classes
 
-    def ready_sidekick(self, trainer: Trainer, num_classes: int) -> Sidekick:
+    @property
+    def reading(self) -> Reading | None:
+        """How the base is called and its logits are found, as a deployed duo needs to know it."""
+        stages: tuple[Stage, ...] = ("validation", "test", "training")
+        readings = (self.learnt[stage].reading for stage in stages if stage in self.learnt)
+        return next((found for found in readings if found is not None), None)
+
+    @property
+    def _known(self) -> Reading | None:
+        """What losses told of another stage."""
+        stages: tuple[Stage, ...] = ("training", "validation", "test")
+        readings = (self.learnt[stage].reading for stage in stages if stage in self.learnt)
+        return next((found for found in readings if found and not found.guessed), None)
+
+    @property
+    def task(self) -> Task:
+        """What is decided; several classes of each sample as long as nothing else was seen."""
+        return Classes() if self.reading is None else self.with_member(self.reading.task)
+
+    def with_member(self, task: Task) -> Task:
+        """The task, with what is known of the sidekick's outputs."""
+        if isinstance(task, Labels) and self.sidekick and self.sidekick.gives_probabilities:
+            return Labels((*task.probabilities, "sidekick"))
+        return task
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes each decision has; None as long as it is not known."""
+        return 2 if isinstance(self.task, Labels) else self.num_classes
+
+    def watch(self, trainer: Trainer, batch: Any, stage: Stage, *, fresh: bool) -> Step:
+        """Look at a batch that the base is about to get."""
+        return Step(
+            trainer,
+            self.base,
+            batch,
+            self.options,
+            self.messages,
+            stage=stage,
+            learnt=self.learnt.setdefault(stage, Learnt()),
+            known=self._known,
+            fresh=fresh,
+        )
+
+    def ready_sidekick(self, trainer: Trainer, outputs: int, call: Call) -> Sidekick:
         """The sidekick, built if it was not, on the base's device and in the Trainer's precision.
 
+        Args:
+            trainer: The user's.
+            outputs: How many outputs its head needs: K, or the number of labels.
+            call: What it will be called with.
+
         Raises:
-            ValueError: If it is for another number of classes.
+            ValueError: If it is for another number of outputs.
         """
-        if self.num_classes not in (None, num_classes):
+        if self.num_classes not in (None, outputs):
             raise ValueError(
-                f"the base gives {num_classes} classes but the sidekick was built for "
-                f"{self.num_classes}; pass DuoCallback(..., num_classes={num_classes})"
+                f"the base gives {outputs} classes but the sidekick was built for "
+                f"{self.num_classes}; pass DuoCallback(..., num_classes={outputs})"
             )
         with torch.inference_mode(False):
             if self.sidekick is None:
-                self.sidekick = Sidekick.build(self.options, num_classes, self.base, self.messages)
+                self.sidekick = Sidekick.build(self.options, outputs, self.base, self.messages)
             trainer.precision_plugin.convert_module(self.sidekick.model).to(self.base.device)
         return self.sidekick
 
     # ---- training ----
 
-    def begin_step(self, batch: Any) -> None:
+    def begin_step(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Look at a batch that the base is about to learn from."""
         self.finish_step()
-        self.step = Step(
-            self.base,
-            batch,
-            self.options,
-            self.messages,
-            watch=self.num_classes is None,
-            first=self.training is None,
-        )
+        fresh = self.training is None or batch_idx == 0
+        self.step = self.watch(trainer, batch, "training", fresh=fresh)
 
     def finish_step(self) -> None:
         """Let go of a step, whether it ended or not."""
@@ -174,38 +223,65 @@ class Run:
         step = self.step
         assert step is not None
         self.finish_step()
-        step.check_unchanged()
         manual = not self.base.automatic_optimization
         before, self.global_step = self.global_step, trainer.global_step
         stepped = trainer.global_step - before
-        first = self.training is None
+        examples = self._examples(trainer, step, outputs)
+        if not examples and self.training is None:
+            return None
         plan = {"steps_per_batch": stepped if manual else 1, "step": before}
-        training = self.training or self._begin(trainer, step, outputs, plan)
+        training = self.training or self._begin(trainer, examples[0], plan)
         update = manual or stepped > 0
         # A step that returns nothing skips the batch, which DDP cannot do.
         nothing = outputs is None or (isinstance(outputs, Mapping) and not outputs)
-        if nothing and not manual and trainer.world_size == 1:
+        if not examples or (nothing and not manual and trainer.world_size == 1):
             training.pass_over(update=update)
             return None
-        classes = self.num_classes or 0
-        targets = check_soft_targets(step.targets, classes)
-        if targets is None:
-            # Reading values back from an accelerator stalls it, so later batches rely on the loss.
-            look = first or step.targets.device.type == "cpu"
-            targets = check_targets(step.targets, classes, values=look)
-        return training.step(lambda: self._inputs(step), targets, update=update)
+        reading = self.learnt["training"].reading
+        assert reading is not None
+        task, first = reading.task, training.batches == 0
+        for example in examples:
+            # Reading values back from an accelerator stalls it: later batches rely on the loss.
+            if first or example.targets.device.type == "cpu":
+                check_range(example, task, self.num_classes or 0)
 
-    def _inputs(self, step: Step) -> Any:
-        assert self.sidekick is not None
-        return self.sidekick.inputs(self.base, step.inputs)
+        def loss_of(model: nn.Module, example: Example) -> Tensor:
+            assert self.sidekick is not None
+            output = run_sidekick(model, self.sidekick.call(self.base, example.call))
+            logits = sidekick_logits(output, example.logits, reading.logits_at, task)
+            self.sidekick.look(logits, task)
+            given = self.with_member(task)
+            return task_loss(logits, example.targets, given, reading.options, member="sidekick")
 
-    def _begin(self, trainer: Trainer, step: Step, outputs: Any, plan: dict[str, int]) -> Training:
-        num_classes = self.num_classes
-        if num_classes is None:
-            with own_stream(self.base.device):
-                num_classes = step.num_classes(outputs)
-        sidekick = self.ready_sidekick(trainer, num_classes)
-        sidekick.initialize(self.base, step.inputs)
+        return training.step(examples, loss_of, update=update)
+
+    def _examples(self, trainer: Trainer, step: Step, outputs: Any) -> list[Example]:
+        """What a training step made of its batch; all processes agree on how it is read."""
+        if not step.looking:
+            return step.examples(outputs, classes=self.num_classes)
+        examples: list[Example] = []
+        problem = None
+        try:
+            with own_stream(self.base.device):  # there may be one more forward
+                examples = step.examples(outputs, classes=self.num_classes)
+        except ValueError as error:
+            if trainer.world_size == 1 or not step.fresh:
+                raise
+            problem = str(error)
+        if trainer.world_size == 1 or not step.fresh:
+            return examples
+        reading = self.learnt["training"].reading
+        agree(problem, None if reading is None else reading.state())
+        return examples
+
+    def _begin(self, trainer: Trainer, example: Example, plan: dict[str, int]) -> Training:
+        reading, outputs = self.learnt["training"].reading, self.num_classes
+        assert reading is not None
+        if outputs is None or example.logits is not None:
+            assert example.logits is not None
+            outputs = reading.task.outputs(example.logits)
+        sidekick = self.ready_sidekick(trainer, outputs, example.call)
+        sidekick.initialize(self.base, example.call)
         self.training = Training(
             sidekick, self.options, trainer, self.messages, self.resume, **plan
         )

@@ -8,14 +8,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_duo.base import as_logits
+from lightning_duo.base import Call, logits_in, logits_like
 from lightning_duo.batch import describe
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.isolation import evaluating, own_stream
+from lightning_duo.nested import Path, leaves, mapped
+from lightning_duo.tasks import Classes, Labels, Task
 from lightning_duo.zoo import build_sidekick, data_config
 
 
@@ -169,6 +171,9 @@ class Sidekick:
         self, model: nn.Module, num_classes: int, options: Options, messages: Messages
     ) -> None:
         self.model, self.num_classes, self.messages = model, num_classes, messages
+        self.gives_probabilities = False
+        """Of labels, where the base does too; known from the first outputs."""
+        self._looked = False
         given = options.sidekick_transform
         if isinstance(given, nn.Module):
             (given,) = copies(given)  # it may keep statistics, which are this run's
@@ -218,16 +223,36 @@ class Sidekick:
             )
         return cls(model, num_classes, options, messages)
 
-    def inputs(self, base: nn.Module, inputs: Any) -> Any:
-        """What the sidekick sees of the base's inputs; no gradient flows back into them."""
-        inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+    def call(self, base: nn.Module, call: Call) -> Call:
+        """What the sidekick is called with; no gradient flows back into it.
+
+        The transform is given the first argument; others are passed on as they are.
+        """
+        call = mapped(call, Tensor.detach)
+        transform = self._transform_of(base, first_input(call))
+        return call if transform is None else with_first(call, transform)
+
+    def look(self, logits: Tensor, task: Task) -> None:
+        """Look at the first outputs: are they logits?
+
+        Raises:
+            ValueError: If they are probabilities where the base gives logits.
+        """
+        if self._looked or not logits.numel():
+            return
+        self._looked = True
+        check_no_probabilities(logits, task)
+        if isinstance(task, Labels) and "base" in task.probabilities:
+            with torch.no_grad():
+                self.gives_probabilities = bool(((logits >= 0) & (logits <= 1)).all())
+
+    def _transform_of(self, base: nn.Module, inputs: Any) -> Callable[[Any], Any] | None:
         resized = self._must_resize(inputs)
         if resized not in self._transforms:
             found = self._transforms[resized] = input_transform(self.model, base, inputs)
             if found is not None:
                 self.messages.info(f"the sidekick sees the base's inputs through {found}")
-        transform = self._transforms[resized]
-        return inputs if transform is None else transform(inputs)
+        return self._transforms[resized]
 
     def _must_resize(self, inputs: Any) -> bool:
         """Whether these are images of another size than the only one that the model takes."""
@@ -235,12 +260,12 @@ class Sidekick:
         size = _only_size(self.model) if images else None
         return size is not None and list(inputs.shape[-2:]) != size
 
-    def initialize(self, base: nn.Module, inputs: Any) -> None:
+    def initialize(self, base: nn.Module, call: Call) -> None:
         """Let layers that take their shapes from the first batch have them."""
         if any(is_lazy(parameter) for parameter in self.model.parameters()):
             device = next((p.device for p in base.parameters()), torch.device("cpu"))
             with own_stream(device), evaluating(self.model):
-                sidekick_logits(self.model, self.inputs(base, inputs))
+                run_sidekick(self.model, self.call(base, call))
 
     def deployable(self) -> nn.Module:
         """The model, behind its transform if it has one."""
@@ -249,7 +274,16 @@ class Sidekick:
         if transform is None:
             return self.model
         first = transform if isinstance(transform, nn.Module) else _Callable(transform)
-        return nn.Sequential(first, self.model)
+        return Transformed(first, self.model)
+
+
+class Transformed(nn.Sequential):
+    """A transform of the first argument of a call, and the model that is called with the result."""
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        transform, model = self
+        return with_first(Call(args, kwargs), transform).of(model)
 
 
 class _Callable(nn.Module):
@@ -264,28 +298,77 @@ class _Callable(nn.Module):
         return self.function(x)
 
 
-def sidekick_logits(model: nn.Module, inputs: Any) -> Tensor:
-    """Run the sidekick and return its logits (N, K).
+def first_input(call: Call) -> Any:
+    """The first argument of a call; None if it has none."""
+    return next(iter((*call.args, *call.kwargs.values())), None)
+
+
+def with_first(call: Call, change: Callable[[Any], Any]) -> Call:
+    """A call with another first argument."""
+    if call.args:
+        return Call((change(call.args[0]), *call.args[1:]), call.kwargs)
+    changed = {name: change(value) for name, value in list(call.kwargs.items())[:1]}
+    return Call((), {**call.kwargs, **changed})
+
+
+def run_sidekick(model: nn.Module, call: Call) -> Any:
+    """What the sidekick returns.
 
     Raises:
-        ValueError: If it cannot run these inputs, or returns something else.
+        ValueError: If it cannot run these inputs.
     """
     try:
-        output = model(inputs)
+        return call.of(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model may raise
-        seen = [describe(leaf) for leaf in tree_leaves(inputs)][:3]
+        seen = [describe(leaf) for _, leaf in leaves(call)][:3]
         raise ValueError(
             f"the sidekick cannot run the base's inputs ({', '.join(seen)}): "
             f"{type(error).__name__}: {error}; pass DuoCallback(..., sidekick_transform=...) that "
             "makes of them what it takes, such as lambda x: x.expand(-1, 3, -1, -1) for gray "
             "images, or another sidekick"
         ) from error
-    logits = as_logits(output)
+
+
+def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Task) -> Tensor:
+    """The logits in what the sidekick returned, in the shape of the base's if they are given.
+
+    Raises:
+        ValueError: If there are none, of another shape, or probabilities of classes.
+    """
+    if base is None:
+        logits = logits_in(output, logits_at, fewest=3)
+    else:
+        try:
+            logits = logits_like(base, output, logits_at)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: give the sidekick a head with {task.outputs(base)} outputs, or pass a "
+                "name or a callable num_classes -> nn.Module"
+            ) from error
     if logits is None:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"the sidekick must return floating-point logits of shape (N, K), got {what}"
+            f"the sidekick must return floating-point logits, or an object or mapping with them "
+            f"under 'logits', got {what}"
         )
     return logits
+
+
+def check_no_probabilities(logits: Tensor, task: Task) -> None:
+    """Raise ValueError if a sidekick for classes ends in softmax.
+
+    Args:
+        logits: What it gave.
+        task: The task.
+    """
+    if not isinstance(task, Classes) or not logits.numel():
+        return
+    with torch.no_grad():
+        total = logits.float().sum(task.dim)
+        if bool((logits >= 0).all()) and bool((total - 1).abs().max() < 1e-3):
+            raise ValueError(
+                "the sidekick gives probabilities (numbers >= 0 that sum to 1 over the classes) "
+                "where logits belong; take the softmax off its end"
+            )

@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,22 +13,39 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_duo.base import Call
 from lightning_duo.calibration import choose_threshold
+from lightning_duo.callback.agreement import agree
 from lightning_duo.callback.fingerprint import fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.log import MetricLog, stage_name, without
+from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.reading import Example
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.samples import Collected, Processes
-from lightning_duo.callback.sidekick import sidekick_logits
+from lightning_duo.callback.sidekick import run_sidekick, sidekick_logits
+from lightning_duo.callback.step import Stage as StepOf
 from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import (
     DuoMetrics,
 )
 from lightning_duo.isolation import evaluating, own_stream
 from lightning_duo.logits import Logits
-from lightning_duo.tasks import check_targets
+from lightning_duo.nested import Path, leaves, mapped
+from lightning_duo.tasks import Labels, Rows, Task
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 from lightning_duo.temperature.samples import check_samples
+
+
+class Found(NamedTuple):
+    """What both models say of a batch, on the CPU."""
+
+    logits: Logits
+    """Of each decision, (R, K), and its target."""
+    items: torch.Tensor | None
+    """Which item of the batch each belongs to; None where decision i is of item i, or unknown."""
+    part: Path
+    """Which of several loaders, combined in one batch, they come from."""
 
 
 class Stage(ABC):
@@ -42,6 +59,8 @@ class Stage(ABC):
 
     name: str
     """What stands before the names of metrics."""
+    kind: StepOf
+    """Which steps it sees."""
 
     def __init__(
         self, run: Run, trainer: Trainer, module: LightningModule, loaders: Any, needed: int
@@ -51,6 +70,7 @@ class Stage(ABC):
         self.collected = Collected(loaders)
         self.log = MetricLog(run, trainer, module, self.name)
         self.step: Step | None = None
+        self._seen: set[int] = set()  # loaders of which a batch was seen
 
     def start(self, batch: Any, number: int, loader: int) -> None:
         """Look at a batch that a step is about to get.
@@ -63,9 +83,10 @@ class Stage(ABC):
         self.finish()
         if loader in self.collected.unusable:
             return
-        options, messages = self.run.options, self.run.messages
+        fresh = loader not in self._seen
+        self._seen.add(loader)
         with self._leaving_out(loader):
-            self.step = Step(self.module, batch, options, messages, watch=True, first=number == 0)
+            self.step = self.run.watch(self.trainer, batch, self.kind, fresh=fresh)
 
     def end(self, outputs: Any, loader: int) -> None:
         """Take the batch whose step just returned ``outputs``."""
@@ -73,10 +94,11 @@ class Stage(ABC):
         self.finish()
         if step is not None:
             with self._leaving_out(loader):
-                self.take(self._logits(step, outputs), loader)
+                for found in self._found(step, outputs):
+                    self.take(found, loader)
 
     @abstractmethod
-    def take(self, logits: Logits, loader: int) -> None:
+    def take(self, found: "Found", loader: int) -> None:
         """Do with the logits of a batch what this stage does."""
 
     def finish(self) -> None:
@@ -91,33 +113,50 @@ class Stage(ABC):
         try:
             yield
         except ValueError as error:
-            if loader == self.needed:
+            if loader == self.needed and self.trainer.world_size == 1:
                 raise
-            self.finish()
+            self.finish()  # with several processes, all raise at the end of the stage
             self.collected.unusable.setdefault(loader, str(error))
 
-    def _logits(self, step: Step, outputs: Any) -> Logits:
-        """Logits of both models (N, K) and targets (N,) of a batch, on the CPU."""
+    def check(self) -> None:
+        """Raise ValueError in every process, if one cannot use the loader that is needed."""
+        if self.trainer.world_size > 1:
+            agree(self.collected.unusable.get(self.needed))
+
+    def _found(self, step: Step, outputs: Any) -> list["Found"]:
+        """What both models say of a batch, on the CPU."""
         run, context = self.run, self.trainer.precision_plugin.val_step_context
-        step.check_unchanged()
         with own_stream(self.module.device):
             with context():
-                base = step.logits(outputs, classes=run.num_classes or 0)
-            classes = base.shape[1]
-            sidekick = run.ready_sidekick(self.trainer, classes)
-            targets = check_targets(step.targets, classes)
-            # A transform may have modes too.
-            with evaluating(sidekick.deployable()), context():
-                other = sidekick_logits(sidekick.model, sidekick.inputs(self.module, step.inputs))
-        if other.shape != base.shape:
-            raise ValueError(
-                f"the sidekick {run.options.sidekick_name!r} gives logits {tuple(other.shape)} but "
-                f"the base {tuple(base.shape)}: give it a head with {classes} outputs, or pass a "
-                "name or a callable num_classes -> nn.Module"
-            )
-        if isinstance(step.inputs, torch.Tensor) and len(step.inputs):
-            run.example = step.inputs[:1].detach()
-        return Logits(base.float().cpu(), other.float().cpu(), targets.cpu())
+                examples = step.examples(outputs, classes=run.num_classes)
+            return [self._both(example) for example in examples]
+
+    def _both(self, example: Example) -> "Found":
+        run, reading = self.run, self.run.learnt[self.kind].reading
+        base = example.logits
+        assert reading is not None and base is not None
+        task = reading.task
+        rows = task.rows(base, example.targets, "base")
+        check_no_softmax(run.messages, rows, task)
+        sidekick = run.ready_sidekick(self.trainer, task.outputs(base), example.call)
+        # A transform may have modes too.
+        context = self.trainer.precision_plugin.val_step_context
+        with evaluating(sidekick.deployable()), context():
+            output = run_sidekick(sidekick.model, sidekick.call(self.module, example.call))
+        logits = sidekick_logits(output, base, reading.logits_at, task)
+        sidekick.look(logits, task)
+        theirs = run.with_member(task).rows(logits, example.targets, "sidekick")
+        run.example = one_sample(example.call, len(base)) or run.example
+        assert rows.targets is not None
+        items = rows.items
+        if example.items is not None:
+            items = example.items if items is None else example.items[items]
+        found = Logits(rows.logits.float(), theirs.logits.float(), rows.targets)
+        return Found(
+            Logits(*(part.cpu() for part in found)),
+            None if items is None else items.cpu(),
+            example.part,
+        )
 
     def measurable(self, loaders: int) -> list[int]:
         """Loaders with samples, all of which are usable; others than the needed one may lack."""
@@ -139,6 +178,7 @@ class Validation(Stage):
     """Collects the samples of a validation, and fits the temperatures at its end."""
 
     name = "val"
+    kind = "validation"
 
     def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
         needed = run.options.calibration_loader
@@ -161,11 +201,11 @@ class Validation(Stage):
         )
 
     @override
-    def take(self, logits: Logits, loader: int) -> None:
+    def take(self, found: Found, loader: int) -> None:
         """Keep the logits of a batch."""
         if self.trainer.sanity_checking:
             return
-        self.collected.add(logits, loader)
+        self.collected.add(found.logits, loader)
         if not self._weights:
             # Here and not at the end: callbacks that average weights swap them for the batches.
             self._weights = self._fingerprints()
@@ -186,7 +226,7 @@ class Validation(Stage):
             ValueError: If there is nothing to fit, and this is no validation within fit.
         """
         run, processes, loaders = self.run, self.processes, len(self.trainer.num_val_batches)
-        classes = processes.num_classes(run.num_classes)
+        classes = processes.num_classes(run.classes)
         measurable = self.measurable(loaders)
         samples = self.collected.of_loaders(loaders, classes)
         if not run.was_trained and not run.options.knows_the_task:
@@ -272,6 +312,7 @@ class Test(Stage):
     """Measures the samples of a test with the temperatures that were fitted before."""
 
     name = "test"
+    kind = "test"
 
     def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
         super().__init__(run, trainer, module, trainer.test_dataloaders, needed=0)
@@ -282,17 +323,17 @@ class Test(Stage):
             )
         calibration = run.fitted.calibration
         self.threshold = calibration.threshold
-        classes = self.processes.num_classes(run.num_classes)
+        classes = self.processes.num_classes(run.classes)
         run.results = without(run.results, self.name)
         run.predictions = without(run.predictions, self.name)
         loaders = range(len(trainer.num_test_batches))
         self.metrics = {index: DuoMetrics(classes, calibration.fit) for index in loaders}
 
     @override
-    def take(self, logits: Logits, loader: int) -> None:
+    def take(self, found: Found, loader: int) -> None:
         """Measure a batch."""
-        check_samples(*logits)
-        self.metrics[loader].update(*self.collected.own(logits, loader))
+        check_samples(*found.logits)
+        self.metrics[loader].update(*self.collected.own(found.logits, loader))
 
     def report(self) -> None:
         """Measure and log."""
@@ -301,3 +342,24 @@ class Test(Stage):
             if self.processes.total(self.collected.count(index)):
                 found[index] = self.processes.predictions(self.metrics[index])
         self.log.measure(found, self.threshold)
+
+
+def check_no_softmax(messages: Messages, rows: Rows, task: Task) -> None:
+    """Warn, once, of a base that gives probabilities where logits belong."""
+    logits = rows.logits
+    if isinstance(task, Labels) or not len(logits) or not bool((logits >= 0).all()):
+        return
+    if messages.first("probabilities?") and bool((logits.float().sum(1) - 1).abs().max() < 1e-3):
+        messages.warn(
+            "the base seems to give probabilities (non-negative rows that sum to 1) where logits "
+            "belong; give it logits, or pass DuoCallback(..., logits_fn=...), or the temperatures "
+            "will mean little"
+        )
+
+
+def one_sample(call: Call, count: int) -> Call | None:
+    """A call for the first of several samples; None if it cannot be told from the others."""
+    tensors = [leaf for _, leaf in leaves(call)]
+    if not count or not tensors or any(t.ndim and len(t) != count for t in tensors):
+        return None
+    return mapped(call, lambda t: t[:1].detach() if t.ndim else t.detach())  # type: ignore[no-any-return]

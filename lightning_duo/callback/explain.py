@@ -1,0 +1,615 @@
+"""From what was seen of a step to what is learnt of it: whose logits, which targets."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_duo.base import Call
+from lightning_duo.callback.reading import (
+    IGNORED,
+    Example,
+    Piece,
+    Reading,
+    Taken,
+    constants_of,
+    fitted,
+    in_places,
+)
+from lightning_duo.callback.watch import Called, Loss, Seen
+from lightning_duo.nested import Path, at, leaves, path_text
+from lightning_duo.tasks import Classes, Labels, Task
+
+SUPPORTED = (
+    "a duo needs a classification: logits of classes or labels, given to cross-entropy or binary "
+    "cross-entropy with targets from the batch"
+)
+REMEDY = (
+    "if this is one, pass DuoCallback(..., batch_fn=lambda batch: (inputs, targets), "
+    "logits_fn=lambda module, inputs: logits)"
+)
+
+
+class Match(NamedTuple):
+    """An output of a module that the logits of a loss are."""
+
+    called: Called
+    at: Path
+    """Where in its output, with what is picked of it."""
+    output: Tensor
+    dim: int
+    """Dimension of its classes."""
+    rows: Tensor | None
+    """Which of its rows the loss was given; None for all, in their order."""
+    exact: bool = True
+    """Whether the numbers are the same, and not scaled or shifted."""
+
+
+class Found(NamedTuple):
+    """A loss of which it is known where its logits come from."""
+
+    loss: Loss
+    match: Match | None
+    """None: the step makes them."""
+
+
+# ---- logits ----
+
+
+def match_of(loss: Loss, seen: Seen, taken: Taken) -> Match | None:
+    """The module's output that a loss was given; None if there is none."""
+    found: Match | None = None
+    for z in _ancestors(loss.logits, seen):
+        for called in reversed(seen.calls):
+            match = _in_output(z, loss, called)
+            if match is None:
+                continue
+            if taken.parts_of(called.call) is not None:
+                return match
+            if found is None and not _is_of_features(called, seen):
+                found = match
+        if found is not None:
+            return found
+    if loss.targets is None:
+        return None
+    for called in reversed(seen.calls):
+        match = _scaled_in_output(loss, called)
+        if match is not None and not _is_of_features(called, seen):
+            return match
+    return None
+
+
+def _ancestors(z: Tensor, seen: Seen) -> Iterator[Tensor]:
+    """What the loss was given, then what softmax and logarithm made that of."""
+    for _ in range(4):
+        yield z
+        source = next((x for result, x in seen.sources if result is z and x is not z), None)
+        if source is None:
+            return
+        z = source
+
+
+def _is_of_features(called: Called, seen: Seen) -> bool:
+    """Whether a module was called with what another module with weights has made."""
+    made = {id(leaf) for _, leaf in leaves(called.call)}
+    storages = {leaf.untyped_storage().data_ptr() for _, leaf in leaves(called.call)} - {0}
+    for _, leaf in leaves(called.call):
+        if leaf.grad_fn is not None:
+            return True
+    for other in seen.calls:
+        if other is called:
+            return False
+        for _, leaf in leaves(other.output):
+            if id(leaf) in made or leaf.untyped_storage().data_ptr() in storages:
+                inputs = {x.untyped_storage().data_ptr() for _, x in leaves(other.call)}
+                if leaf.untyped_storage().data_ptr() not in inputs:
+                    return other.depth == 0
+    return False
+
+
+def _in_output(z: Tensor, loss: Loss, called: Called) -> Match | None:
+    for path, leaf in leaves(called.output):
+        if not leaf.is_floating_point() or leaf.ndim == 0 or leaf.numel() < z.numel():
+            continue
+        for suffix, x in _picked(leaf):
+            layout = (_of_classes if loss.kind == "classes" else _of_labels)(z, x)
+            if layout is not None:
+                return Match(called, (*path, *suffix), x, *layout)
+    return None
+
+
+def _picked(leaf: Tensor) -> Iterator[tuple[Path, Tensor]]:
+    yield (), leaf
+    if leaf.ndim == 3 and leaf.shape[1]:
+        yield ("[:, -1]",), leaf[:, -1]
+        yield ("[:, 0]",), leaf[:, 0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether these are the same numbers, with the least work."""
+    if a is b:
+        return True
+    return a.shape == b.shape and torch.equal(a.detach().to(b.dtype), b.detach())
+
+
+def _of_classes(z: Tensor, x: Tensor) -> tuple[int, Tensor | None] | None:
+    if z.ndim < 2 or x.ndim < 2:
+        return None
+    classes = z.shape[1]
+    dims = [d for d in dict.fromkeys((1, x.ndim - 1, *range(2, x.ndim))) if x.shape[d] == classes]
+    for dim in dims:
+        named = -1 if dim == x.ndim - 1 and dim != 1 else dim
+        if z is x and dim == 1:
+            return named, None
+        mine = z.movedim(1, -1).reshape(-1, classes)
+        theirs = x.movedim(dim, -1).reshape(-1, classes)
+        if len(mine) == len(theirs):
+            if _same(mine, theirs):
+                return named, None
+        elif x.ndim > 2 or z.ndim == 2:
+            rows = _subset(mine, theirs)
+            if rows is not None:
+                return named, rows
+    return None
+
+
+def _of_labels(z: Tensor, x: Tensor) -> tuple[int, Tensor | None] | None:
+    mine, theirs = z.reshape(-1), x.reshape(-1)
+    if len(mine) == len(theirs):
+        if _same(mine, theirs):
+            return 1, None
+        return None
+    rows = _subset(mine[:, None], theirs[:, None]) if len(mine) > 1 else None
+    return None if rows is None else (1, rows)
+
+
+def _subset(some: Tensor, all_rows: Tensor) -> Tensor | None:
+    """Positions of some rows among all; None if any is missing or they cannot be told apart."""
+    if not len(some) or len(some) > len(all_rows):
+        return None
+    some, all_rows = some.detach().to(all_rows.dtype), all_rows.detach()
+    if not bool((all_rows == some[0]).all(dim=1).any()):
+        return None
+    both = torch.cat([all_rows, some]).unique(dim=0, return_inverse=True)[1]
+    ids, wanted = both[: len(all_rows)], both[len(all_rows) :]
+    place = ids.new_full((int(both.max()) + 1,), -1)
+    place[ids] = torch.arange(len(ids), device=ids.device)
+    if len(ids.unique()) != len(ids):
+        return None
+    rows = place[wanted]
+    return None if bool((rows < 0).any()) else rows
+
+
+def _scaled_in_output(loss: Loss, called: Called) -> Match | None:
+    """An output that the loss's logits are, but for a scale, a constant for each class or a margin.
+
+    As in ``cross_entropy(z / T, y)``, in adjusted logits and in margins on the target's class.
+    """
+    z, y = loss.logits, loss.targets
+    if loss.kind != "classes" or z.ndim < 2 or y is None or y.is_floating_point():
+        return None
+    classes = z.shape[1]
+    for path, leaf in leaves(called.output):
+        if leaf.shape != z.shape or not leaf.is_floating_point() or len(z) < 2:
+            continue
+        a = z.detach().double().movedim(1, -1).reshape(-1, classes)
+        b = leaf.detach().double().movedim(1, -1).reshape(-1, classes)
+        rows = y.reshape(-1).clamp(0, classes - 1)
+        if len(rows) != len(a) or not bool((a.isfinite() & b.isfinite()).all()):
+            continue
+        others = torch.ones_like(a).scatter(1, rows[:, None], 0.0)
+        count = others.sum(0).clamp(min=1)
+        a = (a - (a * others).sum(0) / count) * others
+        b = (b - (b * others).sum(0) / count) * others
+        scale = (a * b).sum() / (b * b).sum().clamp(min=1e-30)
+        if scale > 0 and (a - scale * b).norm() <= 1e-4 * a.norm():
+            return Match(called, path, leaf, 1, None, exact=False)
+    return None
+
+
+# ---- targets ----
+
+
+def piece_of(
+    y: Tensor, rows: Tensor | None, logits: Tensor, task: Task, taken: Taken
+) -> tuple[Piece, Task]:
+    """Where in the batch the targets of a loss are, flat as they were given to it."""
+    best: tuple[int, Piece, Task] | None = None
+    for path, leaf in leaves(taken.batch):
+        for spread in ("", "repeat", "interleave"):
+            found = fitted(leaf, logits, task, spread)  # type: ignore[arg-type]
+            if found is None:
+                continue
+            rank = 0 if _shares(leaf, y) else 1 if not spread else 2
+            if best is not None and rank >= best[0]:
+                continue
+            piece = _if_equal(y, rows, found, task, taken)
+            if piece is not None:
+                made, its_task = piece
+                piece_here = Piece(path, spread, made.offset, made.mask)  # type: ignore[arg-type]
+                best = (rank, piece_here, its_task)
+    if best is None:
+        return Piece(None), task
+    return best[1], best[2]
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one is other or (
+        one.numel() > 0
+        and one.layout == other.layout == torch.strided
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+    )
+
+
+def _if_equal(
+    y: Tensor, rows: Tensor | None, found: Tensor, task: Task, taken: Taken
+) -> tuple[Piece, Task] | None:
+    soft = isinstance(task, Classes) and found.is_floating_point()
+    if soft:
+        if y.ndim != 2 or rows is not None:
+            return None
+        flat = found.movedim(task.dim, -1).reshape(-1, y.shape[1])  # type: ignore[union-attr]
+        return (
+            (
+                Piece(
+                    (),
+                ),
+                task,
+            )
+            if _same(flat, y)
+            else None
+        )
+    if y.ndim != 1:
+        return None
+    flat = found.reshape(-1)
+    picked = flat if rows is None else flat[rows]
+    difference = y.double() - picked.double()
+    known = difference[~picked.isnan()] if picked.is_floating_point() else difference
+    if not len(known) or not bool((known == known[0]).all()):
+        return None
+    offset = int(known[0])
+    if offset and (isinstance(task, Labels) or int(picked.min()) == int(picked.max())):
+        return None
+    if rows is None:
+        return Piece((), offset=offset), task
+    left_out = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    left_out[rows] = False
+    mask = _mask_of(rows, left_out, taken)
+    if mask is not None:
+        return Piece((), offset=offset, mask=mask), task
+    ignored = flat[left_out].unique()
+    if (
+        offset
+        or not isinstance(task, Classes)
+        or len(ignored) != 1
+        or bool((picked == ignored).any())
+    ):
+        return None
+    return Piece(()), Classes(task.dim, int(ignored))
+
+
+def _mask_of(rows: Tensor, left_out: Tensor, taken: Taken) -> Path | None:
+    if not bool((rows[1:] > rows[:-1]).all()):
+        return None
+    for path, leaf in leaves(taken.batch):
+        if leaf.numel() == len(left_out) and not leaf.is_floating_point():
+            if torch.equal(leaf.reshape(-1).bool(), ~left_out):
+                return path
+    return None
+
+
+# ---- what is no classification ----
+
+
+def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
+    """Raise ValueError if what looks like a classification is something else."""
+    for loss, piece in zip(losses, found, strict=True):
+        y = loss.targets
+        if y is None or not y.numel():
+            continue
+        inputs = [leaf for _, leaf in leaves(call)]
+        if inputs and all(_shares(leaf, y) for leaf in inputs):
+            raise ValueError(
+                f"the step's targets are its inputs (a reconstruction, or a language model?); "
+                f"{SUPPORTED}; {REMEDY}"
+            )
+        if loss.kind == "classes" and piece.targets is None and y.ndim == 1:
+            square = loss.logits.ndim == 2 and loss.logits.shape[0] == loss.logits.shape[1]
+            if square and torch.equal(y, torch.arange(len(y), device=y.device).to(y.dtype)):
+                raise ValueError(
+                    "the step's targets are 0, 1, 2, ..., each sample a class of its own (a "
+                    f"contrastive loss?); {SUPPORTED}; {REMEDY}"
+                )
+        if loss.kind != "classes" and piece.targets is not None:
+            if bool(((y != 0) & (y != 1) & ~y.isnan()).any()):
+                raise ValueError(
+                    "the step's targets are no 0 and 1 (a regression, or a reconstruction?); "
+                    f"{SUPPORTED}; {REMEDY}"
+                )
+    constants = [
+        loss.targets.flatten()[0]
+        for loss, piece in zip(losses, found, strict=True)
+        if piece.targets is None and loss.targets is not None and is_constant(loss.targets)
+    ]
+    if len(constants) == len(losses) > 1 and len({float(c) for c in constants}) > 1:
+        raise ValueError(
+            f"the step makes its targets itself, all alike (a discriminator?); {SUPPORTED}; {REMEDY}"
+        )
+
+
+def is_constant(y: Tensor) -> bool:
+    """Whether all targets are one."""
+    return y.numel() > 1 and bool((y == y.flatten()[0]).all())
+
+
+# ---- all together ----
+
+
+def learn(
+    seen: Seen, taken: Taken, base: nn.Module, *, head: str | None
+) -> tuple[Reading, list[Example]]:
+    """What a step was seen to do with its batch.
+
+    Args:
+        seen: What was seen of it; at least one loss.
+        taken: Its batch.
+        base: The user's module.
+        head: The user's choice of several.
+
+    Returns:
+        What was learnt, and what it gives for this batch.
+
+    Raises:
+        ValueError: If the step is no classification, or there is no such head.
+        LookupError: If it is one that cannot be followed.
+    """
+    every = [Found(loss, match_of(loss, seen, taken)) for loss in _distinct(seen.losses)]
+    if seen.by_hand:
+        every = [found for found in every if found.match is not None][:1]
+        if not every:
+            raise LookupError("no loss was seen whose logits are the output of a module")
+    heads: dict[tuple[Any, ...], list[Found]] = {}
+    for found in every:
+        heads.setdefault(_head_of(found), []).append(found)
+    chosen = _chosen(heads, head, seen)
+    if chosen[0].match is None:
+        return _of_the_step(chosen, seen, taken, base)
+    return _of_a_module(chosen, taken, base)
+
+
+def _distinct(losses: Sequence[Loss]) -> list[Loss]:
+    kept: dict[tuple[int, int], Loss] = {}
+    for loss in losses:
+        kept.setdefault((id(loss.logits), id(loss.targets)), loss)
+    return list(kept.values())
+
+
+def _head_of(found: Found) -> tuple[Any, ...]:
+    loss, match = found
+    if match is None:
+        return (loss.kind, *loss.logits.shape[1:2])
+    return loss.kind, match.called.name, match.at
+
+
+def _names(key: tuple[Any, ...], losses: Sequence[Found], seen: Seen) -> list[str]:
+    """What a user may call a head."""
+    if losses[0].match is None:
+        return []
+    names = []
+    for called in seen.calls:
+        if any(leaf is losses[0].match.output for _, leaf in leaves(called.output)):
+            names += [called.name, called.name.rpartition(".")[2]]
+    path = losses[0].match.at
+    names += [path_text(path), path_text(path).strip(".[]'")]
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _chosen(heads: dict[tuple[Any, ...], list[Found]], head: str | None, seen: Seen) -> list[Found]:
+    if head is None:
+        return next(iter(heads.values()))
+    names = {key: _names(key, losses, seen) for key, losses in heads.items()}
+    for key, known in names.items():
+        if head in known:
+            return heads[key]
+    listed = "; ".join(" or ".join(map(repr, known)) for known in names.values() if known)
+    raise ValueError(f"the step has no head {head!r}; it has {listed or 'none with a name'}")
+
+
+def _task_of(loss: Loss, match: Match) -> Task:
+    if loss.kind == "classes":
+        return Classes(match.dim, _ignored(loss))
+    from_module = loss.kind == "probabilities" and match.exact
+    return Labels(("base",) if from_module else ())
+
+
+def _ignored(loss: Loss) -> int:
+    """The target that the loss ignores: what it was told, else what PyTorch's ignore."""
+    return int(loss.options.get("ignore_index", IGNORED))
+
+
+def _flat(loss: Loss) -> Tensor:
+    """Targets one after the other, in the order of the rows of the logits."""
+    y = loss.targets
+    assert y is not None
+    if loss.kind == "classes" and y.is_floating_point() and y.shape == loss.logits.shape:
+        soft = y.movedim(1, -1).reshape(-1, y.shape[1])
+        hard = bool(((soft == 0) | (soft == 1)).all()) and bool((soft.sum(1) == 1).all())
+        return soft.argmax(1) if hard else soft
+    return y.reshape(-1)
+
+
+def _options(loss: Loss) -> dict[str, Any]:
+    names = ("weight", "label_smoothing", "pos_weight")
+    found = {k: v for k, v in loss.options.items() if k in names and v is not None}
+    weight = found.get("weight")
+    if isinstance(weight, Tensor) and loss.kind != "classes":
+        del found["weight"]  # of the elements of one batch
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in found.items()}
+
+
+def _of_a_module(
+    chosen: list[Found], taken: Taken, base: nn.Module
+) -> tuple[Reading, list[Example]]:
+    found: list[tuple[Found, Piece, Task, Tensor]] = []
+    for one in chosen:
+        loss, match = one
+        assert match is not None
+        task = _task_of(loss, match)
+        if loss.targets is None:
+            y, piece = _only_targets(match.output, task, taken)
+        else:
+            y = _flat(loss)
+            piece, task = piece_of(y, match.rows, match.output, task, taken)
+            if piece.targets is None and loss.targets.is_floating_point() and y.ndim == 1:
+                if isinstance(task, Classes):  # one-hot rows that are in the batch as they are
+                    soft = loss.targets.movedim(1, -1).reshape(-1, loss.targets.shape[1])
+                    piece, task = piece_of(soft, match.rows, match.output, task, taken)
+        found.append((one, piece, task, y))
+    found = [one for one in found if one[1].targets is not None] or found
+    first, _, task, _ = found[0]
+    if isinstance(task, Labels) and len(found) == 1 and found[0][1].targets is None:
+        multi = _one_hot_inside(first, taken)
+        if multi is not None:
+            found = [(first, *multi)]
+            task = multi[1]
+    refuse([one.loss for one, *_ in found], [p for _, p, *_ in found], first.match.called.call)  # type: ignore[union-attr]
+    called = first.match.called  # type: ignore[union-attr]
+    labels = _labels(called.call, [y for *_, y in found], [p for _, p, *_ in found], taken)
+    part = base.get_submodule(called.name) if called.name else base
+    reading = Reading(
+        called.name,
+        first.match.at,  # type: ignore[union-attr]
+        task,
+        tuple(piece for _, piece, *_ in found),
+        labels,
+        _positional(part),
+        taken.parts_of(called.call),
+        constants_of(called.call),
+        options=_options(first.loss),
+    )
+    examples = []
+    for (loss, match), piece, _, y in found:
+        assert match is not None
+        output = match.output.detach()
+        targets = (
+            piece.read(taken.batch, output, task)
+            if piece.targets is not None
+            else in_places(y, match.rows, output, task)
+        )
+        targets = _without_weightless(loss, targets, task)
+        where = (piece.targets or ())[:1] if len(found) > 1 else ()
+        items = piece.items(taken.batch, output)
+        examples.append(Example(reading.bare(match.called.call), output, targets, where, items))
+    return reading, examples
+
+
+def _without_weightless(loss: Loss, targets: Tensor, task: Task) -> Tensor:
+    weight = loss.options.get("weight")
+    if not isinstance(task, Labels) or not isinstance(weight, Tensor):
+        return targets
+    if weight.numel() != targets.numel() or not bool((weight == 0).any()):
+        return targets
+    return targets.float().masked_fill(weight.reshape(targets.shape) == 0, torch.nan)
+
+
+def _only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Piece]:
+    """The only part of the batch that can be the targets of these logits."""
+    fits = []
+    for path, leaf in leaves(taken.batch):
+        found = fitted(leaf, logits, task)
+        if found is None or (isinstance(task, Classes) and leaf.is_floating_point()):
+            continue
+        low, high = (float(found.min()), float(found.max())) if found.numel() else (0.0, 0.0)
+        top = logits.shape[task.dim] - 1 if isinstance(task, Classes) else 1
+        whole = not found.is_floating_point() or bool((found == found.round()).all())
+        if low >= 0 and high <= top and whole:
+            fits.append((path, found))
+    if len(fits) != 1:
+        raise LookupError(
+            f"{len(fits)} parts of the batch could be the targets of the logits "
+            f"{tuple(logits.shape)}"
+        )
+    return fits[0][1].reshape(-1), Piece(fits[0][0])
+
+
+def _one_hot_inside(found: Found, taken: Taken) -> tuple[Piece, Task, Tensor] | None:
+    """Targets of several classes that the loss has made one-hot; the batch has their indices."""
+    loss, match = found
+    y, z = loss.targets, loss.logits
+    if match is None or y is None or y.ndim != 2 or y.shape != z.shape or y.shape[1] < 2:
+        return None
+    task = Classes(match.dim)
+    hard = y.argmax(1)
+    piece, _ = piece_of(hard, None, match.output, task, taken)
+    return None if piece.targets is None else (piece, task, hard)
+
+
+def _labels(
+    call: Call, targets: Sequence[Tensor], pieces: Sequence[Piece], taken: Taken
+) -> tuple[Path, ...]:
+    """Arguments that hold the targets."""
+    known = [at(taken.batch, piece.targets) for piece in pieces if piece.targets is not None]
+    known += targets
+    found: list[Path] = [
+        (call._fields[int(path[0])], *path[1:])
+        for path, leaf in leaves(call)
+        if any(_shares(leaf, y) for y in known)
+    ]
+    if "labels" in call.kwargs and ("kwargs", "labels") not in found:
+        found.append(("kwargs", "labels"))
+    return tuple(found)
+
+
+def _positional(part: nn.Module) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(part.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def _of_the_step(
+    chosen: list[Found], seen: Seen, taken: Taken, base: nn.Module
+) -> tuple[Reading, list[Example]]:
+    """Logits that the step computes itself, from what modules give it."""
+    loss = chosen[0].loss
+    inputs = next(
+        (
+            called
+            for called in sorted(seen.calls, key=lambda called: called.depth)
+            if taken.parts_of(called.call) and any(True for _ in leaves(called.call))
+        ),
+        None,
+    )
+    if inputs is None or loss.targets is None:
+        raise LookupError(
+            f"the logits {tuple(loss.logits.shape)} that the loss was given are no output of a "
+            "module that the step calls with parts of its batch"
+        )
+    z = loss.logits.detach()
+    task: Task = Classes(1, _ignored(loss))
+    if loss.kind != "classes":
+        task = Labels(("base",) if loss.kind == "probabilities" else ())
+    y = _flat(loss)
+    piece, task = piece_of(y, None, z, task, taken)
+    refuse([loss], [piece], inputs.call)
+    labels = _labels(inputs.call, [y], [piece], taken)
+    part = base.get_submodule(inputs.name) if inputs.name else base
+    reading = Reading(
+        inputs.name,
+        (),
+        task,
+        (piece,),
+        labels,
+        _positional(part),
+        taken.parts_of(inputs.call),
+        constants_of(inputs.call),
+        whole=True,
+        options=_options(loss),
+    )
+    targets = in_places(y, None, z, task)
+    items = piece.items(taken.batch, z)
+    return reading, [Example(reading.bare(inputs.call), z, targets, (), items)]

@@ -1,0 +1,360 @@
+"""What was learnt of a step, and how later steps of its kind are read with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_duo.base import Call
+from lightning_duo.callback.watch import Called
+from lightning_duo.nested import Path, at, every_part, kept, leaves, path_text, without
+from lightning_duo.tasks import Classes, Labels, Task, task_from_state, task_state
+
+Spread: TypeAlias = Literal["", "repeat", "interleave"]
+PICKED = {"[:, -1]": -1, "[:, 0]": 0}
+IGNORED = -100  # target of rows that the loss does not see
+
+
+class Example(NamedTuple):
+    """A call that made logits, with what it should have said."""
+
+    call: Call
+    """Without the labels."""
+    logits: Tensor | None
+    """The base's, detached, as its module gives them; None where they are not wanted."""
+    targets: Tensor
+    """In the places of the logits; see `tasks`."""
+    part: Path = ()
+    """Which of several loaders, combined in one batch, it comes from."""
+    items: Tensor | None = None
+    """Which item of the batch each entry of the first dimension belongs to, for several views of
+    one; None where entry i is item i, or it is not known."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one sample with nothing to take statistics over."""
+        return self.targets.shape[:1] == (1,) and self.targets.ndim <= 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the targets of a call are in the batch."""
+
+    targets: Path | None
+    """None: the step makes them."""
+    spread: Spread = ""
+    """How views of one item, several for each target, follow each other."""
+    offset: int = 0
+    """What the step adds to the targets."""
+    mask: Path | None = None
+    """Where in the batch it is said which rows count; all of them by default."""
+
+    def items(self, batch: Any, logits: Tensor) -> Tensor | None:
+        """Which item each entry of the logits is a view of; None where there is one of each."""
+        if not self.spread or self.targets is None:
+            return None
+        views = torch.arange(len(logits), device=logits.device)
+        count = len(at(batch, self.targets))
+        return views % count if self.spread == "repeat" else views // (len(logits) // count)
+
+    def read(self, batch: Any, logits: Tensor, task: Task) -> Tensor:
+        """The targets of these logits, in their places.
+
+        Raises:
+            LookupError: If the batch has no such part, or it does not fit.
+        """
+        assert self.targets is not None
+        found = fitted(at(batch, self.targets), logits, task, self.spread)
+        if found is None:
+            raise LookupError(
+                f"the targets batch{path_text(self.targets)} do not fit the logits "
+                f"{tuple(logits.shape)}"
+            )
+        if self.offset:
+            found = found + self.offset
+        if self.mask is None:
+            return found
+        mask = at(batch, self.mask).reshape(-1).bool()
+        return only(found, mask.nonzero().flatten(), task)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the logits and targets of a step are found.
+
+    They are outputs of a module that the step calls and parts of its batch, or have to be watched
+    for in every step.
+    """
+
+    module: str
+    """Name of the module that gives the logits, as in ``named_modules``."""
+    logits_at: Path
+    """Where in its output they are."""
+    task: Task
+    pieces: tuple[Piece, ...]
+    """One for each of its calls in a step."""
+    labels: tuple[Path, ...] = ()
+    """Arguments of the call that hold the targets: ("kwargs", "labels"), say."""
+    names: tuple[str, ...] = ()
+    """Of the positional arguments of that module's forward."""
+    template: tuple[tuple[Path, Path], ...] | None = None
+    """Argument -> part of the batch that it is; None if any is made by the step."""
+    constants: tuple[tuple[Path, Any], ...] = ()
+    """Arguments that are plain values, such as flags."""
+    whole: bool = False
+    """Whether the step itself makes the logits, from what modules give it."""
+    guessed: bool = False
+    """Whether the user told, or no loss was seen."""
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Of the loss: class weights, smoothing; the sidekick learns with them."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether every step has to be watched."""
+        return self.whole or any(piece.targets is None for piece in self.pieces)
+
+    @property
+    def same_for(self) -> tuple[Any, ...]:
+        """What two readings of one kind of step share, whatever their batches."""
+        return self.module, self.logits_at, self.task, self.pieces, self.labels, self.whole
+
+    def read(self, calls: Sequence[Called], batch: Any) -> list[Example]:
+        """Read a step whose calls of the module were seen.
+
+        Raises:
+            LookupError: If the step did something else than what was learnt.
+        """
+        mine = [called for called in calls if called.name == self.module]
+        if len(mine) != len(self.pieces):
+            raise LookupError(
+                f"the step calls {self.name} {len(mine)} times, not {len(self.pieces)} as before"
+            )
+        examples = []
+        for piece, called in zip(self.pieces, mine, strict=True):
+            logits = tensor_at(called.output, self.logits_at)
+            targets = piece.read(batch, logits, self.task)
+            part = (piece.targets or ())[:1] if len(self.pieces) > 1 else ()
+            items = piece.items(batch, logits)
+            examples.append(Example(self.bare(called.call), logits.detach(), targets, part, items))
+        return examples
+
+    def call_of(self, batch: Any) -> Call:
+        """The call that the step would make of a batch.
+
+        Raises:
+            LookupError: If it is made of more than parts of the batch.
+        """
+        if self.template is None:
+            raise LookupError(f"{self.name} is called with more than parts of the batch")
+        given = [(where, at(batch, path)) for where, path in self.template]
+        given += self.constants
+        args = sorted(
+            ((place, value) for (kind, place), value in given if kind == "args"),
+            key=lambda one: int(one[0]),
+        )
+        kwargs = {str(key): value for (kind, key), value in given if kind == "kwargs"}
+        return self.bare(Call(tuple(value for _, value in args), kwargs))
+
+    def bare(self, call: Call) -> Call:
+        """A call without its labels."""
+        for path in sorted(self.labels, key=lambda path: (len(path), str(path)), reverse=True):
+            if path[0] == "kwargs" and len(path) == 2:
+                call = call._replace(kwargs={k: v for k, v in call.kwargs.items() if k != path[1]})
+            elif path[0] == "args" and len(path) == 2:
+                place = int(path[1])  # what follows is named, as it would move up
+                later = zip(self.names[place + 1 :], call.args[place + 1 :], strict=False)
+                call = Call(call.args[:place], {**dict(later), **call.kwargs})
+            else:
+                call = without(call, path)
+        return call
+
+    @property
+    def name(self) -> str:
+        """The module as code in the user's class would name it."""
+        return f"self.{self.module}" if self.module else "self"
+
+    def text(self, call: Call) -> str:
+        """What was learnt, in one line."""
+        parts = dict(self.template or ())
+        given = [*((("args", i), v) for i, v in enumerate(call.args))]
+        texts = [
+            f"batch{path_text(parts[path])}" if path in parts else type(value).__name__
+            for path, value in given
+        ]
+        texts += [f"{key}=..." if ("kwargs", key) not in parts else str(key) for key in call.kwargs]
+        where = path_text(self.logits_at) if self.logits_at else ""
+        found = sorted(
+            {f"batch{path_text(p.targets)}" for p in self.pieces if p.targets is not None}
+        )
+        targets = ", ".join(found) or "as the step makes them"
+        if self.whole:
+            return f"base: the step itself, from {self.name}(...); targets: {targets}"
+        return f"base: {self.name}({', '.join(texts)}){where}; targets: {targets}"
+
+    def state(self) -> dict[str, Any]:
+        """In plain types, for checkpoints."""
+        return {
+            "module": self.module,
+            "logits_at": list(self.logits_at),
+            "task": task_state(self.task),
+            "pieces": [
+                [_listed(p.targets), p.spread, p.offset, _listed(p.mask)] for p in self.pieces
+            ],
+            "labels": [list(path) for path in self.labels],
+            "names": list(self.names),
+            "template": None
+            if self.template is None
+            else [[list(a), list(b)] for a, b in self.template],
+            "constants": [[list(a), value] for a, value in self.constants],
+            "whole": self.whole,
+            "guessed": self.guessed,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Reading":
+        """What `state` described."""
+        template = state["template"]
+        return cls(
+            state["module"],
+            tuple(state["logits_at"]),
+            task_from_state(state["task"]),
+            tuple(Piece(_path(t), s, o, _path(m)) for t, s, o, m in state["pieces"]),
+            tuple(tuple(path) for path in state["labels"]),
+            tuple(state["names"]),
+            None if template is None else tuple((tuple(a), tuple(b)) for a, b in template),
+            tuple((tuple(a), value) for a, value in state["constants"]),
+            state["whole"],
+            state["guessed"],
+        )
+
+
+def _listed(path: Path | None) -> list[Any] | None:
+    return None if path is None else list(path)
+
+
+def _path(path: list[Any] | None) -> Path | None:
+    return None if path is None else tuple(path)
+
+
+def tensor_at(output: Any, path: Path) -> Tensor:
+    """The tensor in a module's output that a path leads to.
+
+    Raises:
+        LookupError: If there is none.
+    """
+    picked = path[-1] if path and path[-1] in PICKED else None
+    found = at(output, path[:-1] if picked else path)
+    if not isinstance(found, Tensor) or (picked and found.ndim < 3):
+        raise LookupError(f"the output has no tensor at {path_text(path) or 'its top'}")
+    return found[:, PICKED[str(picked)]] if picked else found
+
+
+def places_of(logits: Tensor, task: Task) -> torch.Size:
+    """The shape that targets have: one for each decision."""
+    if isinstance(task, Labels):
+        return logits.shape
+    shape = list(logits.shape)
+    del shape[task.dim]
+    return torch.Size(shape)
+
+
+def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Tensor | None:
+    """A part of the batch as targets in the places of the logits; None if it cannot be."""
+    places = places_of(logits, task)
+    if not isinstance(leaf, Tensor):
+        return None
+    if spread:
+        times, rest = divmod(places.numel(), max(1, leaf.numel()))
+        if rest or leaf.ndim != 1:
+            return None
+        leaf = leaf.repeat(times) if spread == "repeat" else leaf.repeat_interleave(times)
+    if isinstance(task, Classes) and leaf.is_floating_point() and leaf.shape == logits.shape:
+        return leaf
+    if leaf.numel() != places.numel():
+        return None
+    if isinstance(task, Classes) and leaf.is_floating_point():
+        if bool((leaf != leaf.round()).any()):
+            return None
+    if isinstance(task, Classes):
+        leaf = leaf.long()
+    return leaf.reshape(places)
+
+
+def only(targets: Tensor, rows: Tensor, task: Task) -> Tensor:
+    """Targets that count for some rows alone."""
+    if isinstance(task, Labels):
+        blank = torch.full_like(targets, torch.nan, dtype=torch.float32)
+    else:
+        blank = torch.full_like(
+            targets, IGNORED if task.ignore_index is None else task.ignore_index
+        )
+    blank.reshape(-1)[rows] = targets.reshape(-1)[rows].to(blank.dtype)
+    return blank
+
+
+def in_places(values: Tensor, rows: Tensor | None, logits: Tensor, task: Task) -> Tensor:
+    """Targets of some rows, one after the other, in the places of all logits.
+
+    Args:
+        values: Shape (R,), or (R, K) probabilities.
+        rows: Which rows of the logits they are for; None for all.
+        logits: The logits.
+        task: The task.
+    """
+    places = places_of(logits, task)
+    if values.ndim == 2 and isinstance(task, Classes):  # probabilities
+        return task.back(values, logits)
+    if rows is None:
+        return values.reshape(places)
+    fill: float = torch.nan
+    dtype = torch.float32
+    if isinstance(task, Classes):
+        fill, dtype = IGNORED if task.ignore_index is None else task.ignore_index, torch.int64
+    blank = torch.full((places.numel(),), fill, dtype=dtype, device=logits.device)
+    blank[rows] = values.to(dtype)
+    return blank.reshape(places)
+
+
+class Taken:
+    """A batch as a step gets it, whatever the step does with what holds its tensors.
+
+    Args:
+        batch: The batch.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch  # whose parts keep their identity as long as they live
+        self.batch = kept(batch)
+        self._known = {id(part): path for path, part in reversed(list(every_part(batch)))}
+        self._plain = {id(part) for _, part in every_part(batch) if _is_plain(part)}
+
+    def path_of(self, value: Any) -> Path | None:
+        """Where in the batch an object is; None if it is no part of it."""
+        return None if id(value) in self._plain else self._known.get(id(value))
+
+    def parts_of(self, call: Call) -> tuple[tuple[Path, Path], ...] | None:
+        """Which part of the batch each argument of a call is; None if any is none."""
+        found = []
+        for where, value in _given(call):
+            path = self.path_of(value)
+            if path is not None:
+                found.append((where, path))
+            elif any(True for _ in leaves(value)):
+                return None
+        return tuple(found)
+
+
+def _given(call: Call) -> list[tuple[Path, Any]]:
+    given: list[tuple[Path, Any]] = [(("args", i), v) for i, v in enumerate(call.args)]
+    return given + [(("kwargs", k), v) for k, v in call.kwargs.items()]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | type(None))
+
+
+def constants_of(call: Call) -> tuple[tuple[Path, Any], ...]:
+    """Arguments of a call that are plain values."""
+    return tuple((where, value) for where, value in _given(call) if _is_plain(value))

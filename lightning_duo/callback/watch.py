@@ -1,0 +1,263 @@
+"""Seeing what a step does: which losses it computes of what, and which modules it calls with what."""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_duo.base import Call
+
+Kind: TypeAlias = Literal["classes", "labels", "probabilities"]
+"""What a loss says of its logits: one class of several, labels apart from each other, or labels
+whose probabilities it is given."""
+
+LOSSES: dict[Callable[..., Any], Kind] = {
+    F.cross_entropy: "classes",
+    F.nll_loss: "classes",
+    F.multi_margin_loss: "classes",
+    F.binary_cross_entropy_with_logits: "labels",
+    F.multilabel_soft_margin_loss: "labels",
+    F.soft_margin_loss: "labels",
+    F.binary_cross_entropy: "probabilities",
+}
+# Of these a loss by hand is made.
+SOFT: dict[Callable[..., Any], Kind] = {
+    **dict.fromkeys(
+        (F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax), "classes"
+    ),
+    **dict.fromkeys((Tensor.softmax, torch.logsumexp, Tensor.logsumexp), "classes"),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.logsigmoid), "labels"),
+}
+LOGARITHMS = (torch.log, Tensor.log, torch.clamp, Tensor.clamp)
+# With these it picks the target; the position of the class indices among the arguments.
+PICKS: dict[Callable[..., Any], int] = {
+    torch.gather: 2,
+    Tensor.gather: 2,
+    Tensor.scatter: 2,
+    Tensor.scatter_: 2,
+    torch.scatter: 2,
+    F.one_hot: 0,
+}
+RECENT = 64  # calls of modules deep inside others that are remembered
+OUTER = 2  # levels of modules whose calls are all remembered
+
+
+class Loss(NamedTuple):
+    """A call of a loss function."""
+
+    kind: Kind
+    logits: Tensor
+    """Or probabilities, in the shape that the loss was given."""
+    targets: Tensor | None
+    """None for a loss made by hand of which they are not seen."""
+    options: dict[str, Any]
+    """Its other arguments by name: weight, label_smoothing, ignore_index, ..."""
+
+
+class Called(NamedTuple):
+    """A call of a module during a step."""
+
+    name: str
+    """Of the module, as in ``named_modules``; empty for the user's module itself."""
+    call: Call
+    output: Any
+    depth: int
+    """Number of modules within whose forward it was made."""
+
+
+class Seen(NamedTuple):
+    """What a step did."""
+
+    losses: list[Loss]
+    calls: list[Called]
+    sources: list[tuple[Tensor, Tensor]]
+    """Results of softmax, sigmoid and logarithm, each with what it was computed of."""
+    by_hand: bool = False
+    """Whether no loss function was called, so that the losses are a guess."""
+
+
+class LossMode(TorchFunctionMode):
+    """Notes losses while it is active; a new one for every step, as kept ones recompile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Loss] = []
+        self.soft: deque[tuple[Kind | None, Tensor, Tensor]] = deque(maxlen=16)
+        self.picked: deque[Tensor] = deque(maxlen=16)
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in LOSSES:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            logits, targets = given.pop("input"), given.pop("target")
+            self.note(Loss(LOSSES[func], logits, targets, given))
+        elif func in SOFT or func in LOGARITHMS:
+            if isinstance(result, Tensor) and args:
+                self.soft.append((SOFT.get(func), args[0], result))
+        elif func in PICKS:
+            place = PICKS[func]
+            self.picked += args[place : place + 1] or list(kwargs.values())[:1]
+        elif func is Tensor.__getitem__ and self.soft and isinstance(args[1], tuple):
+            self.picked += [args[1][-1]]
+        return result
+
+    def note(self, loss: Loss) -> None:
+        """Keep a loss."""
+        self.losses.append(loss)
+
+    def found(self) -> list[Loss]:
+        """The losses; where there are none, those that were probably made by hand."""
+        if self.losses:
+            return self.losses
+        picked = [t for t in self.picked if isinstance(t, Tensor) and t.dtype == torch.int64]
+        return [
+            Loss(kind, x, picked[-1] if picked and kind == "classes" else None, {})
+            for kind, x, _ in reversed(self.soft)
+            if kind is not None and (picked or kind == "labels" or x.requires_grad)
+        ]
+
+
+class Watch:
+    """Looks at the steps of one batch, from its start to its end.
+
+    Args:
+        trainer: The user's.
+        module: The base.
+        stage: "training", "validation" or "test".
+        names: Modules whose calls are to be seen; None for all.
+        losses: Whether to look for losses too.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        stage: str,
+        *,
+        names: frozenset[str] | None,
+        losses: bool,
+    ) -> None:
+        self.module, self.names, self.losses = module, names, losses
+        self.seen = Seen([], [], [])
+        self._mode: LossMode | None = None
+        self._inside: list[nn.Module | None] = []  # whose forward is going on; None for a step
+        self._taken = _take_step(trainer.strategy, f"{stage}_step", self)
+
+    def finish(self) -> None:
+        """Look no longer; may be called again."""
+        self._taken()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around the step itself, of which the last of several evaluations counts."""
+        self.seen = Seen([], [], [])
+        handles = [h for name, part in self._parts() for h in self._hooked(name, part)]
+        try:
+            if not self.losses:
+                yield
+                return
+            self._mode = LossMode()
+            with self._mode:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if self._mode is not None:
+                sources = [(result, x) for _, x, result in self._mode.soft]
+                found, by_hand = self._mode.found(), not self._mode.losses
+                self.seen = Seen(found, self.seen.calls, sources, by_hand)
+            self._mode = None
+            self._inside.clear()
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        inside = ()  # a compiled module's parts are not called one by one
+        for name, part in self.module.named_modules():
+            if inside and name.startswith(inside):
+                continue
+            if type(part).__name__ == "OptimizedModule" or isinstance(part, torch.jit.ScriptModule):
+                inside = (*inside, name + ".")
+            if isinstance(part, Metric | _Loss):
+                continue
+            if self.names is None or name in self.names:
+                yield name, part
+
+    def _hooked(self, name: str, part: nn.Module) -> list[Any]:
+        compiled = type(part).__name__ == "OptimizedModule"
+        handles = []
+        if self.names is None or self._wrapped(part):
+            handles.append(part.register_forward_pre_hook(self._enter))
+
+        def leave(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if handles_enter and self._inside.pop() is None:
+                return  # a step, which DDP reaches through the module's forward
+            depth = sum(one is not None for one in self._inside)
+            self._note(Called(name, Call(args, dict(kwargs)), output, depth))
+
+        handles_enter = bool(handles)
+        handles.append(part.register_forward_hook(leave, with_kwargs=True))
+        if compiled and self.losses:  # which would be compiled anew for the mode
+            handles.append(part.register_forward_pre_hook(self._pause))
+            handles.append(part.register_forward_hook(self._go_on, always_call=True))
+        return handles
+
+    def _wrapped(self, part: nn.Module) -> bool:
+        return part is self.module and self.module.trainer.strategy.model is not part
+
+    def _enter(self, module: Any, args: Any) -> None:
+        forward = vars(module).get("forward")
+        redirected = getattr(forward, "__qualname__", "").startswith("_ForwardRedirection")
+        self._inside.append(None if redirected else module)
+
+    def _pause(self, *_: Any) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+
+    def _go_on(self, *_: Any) -> None:
+        if self._mode is not None:
+            self._mode.__enter__()
+
+    def _note(self, called: Called) -> None:
+        calls = self.seen.calls
+        calls.append(called)
+        deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]
+        if len(deep) > RECENT:
+            del calls[deep[0]]
+
+
+def _take_step(strategy: Any, name: str, watch: Watch) -> Callable[[], None]:
+    """Let a watch look at a step of the strategy; returns what ends that."""
+    watchers = getattr(vars(strategy).get(name), "watchers", None)
+    if watchers is None:
+        step, watchers = getattr(strategy, name), []
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for watcher in list(watchers):
+                    stack.enter_context(watcher.looking())
+                return step(*args, **kwargs)
+
+        watched.watchers = watchers  # type: ignore[attr-defined]
+        vars(strategy)[name] = watched
+    watchers.append(watch)
+
+    def end() -> None:
+        if watch in watchers:
+            watchers.remove(watch)
+        if not watchers:
+            vars(strategy).pop(name, None)
+
+    return end
