@@ -28,11 +28,12 @@ class NllSums(NamedTuple):
     """Sums over samples at one point; they add up over chunks and processes.
 
     With p the duo's probabilities of a sample, and a, b the logits of base and sidekick less that
-    of the target class: what is written below, summed over the samples.
+    of the target class, or less their mean under a soft target q: what is written below, summed
+    over the samples.
     """
 
     loss: float
-    """-log p of the target, in nats."""
+    """-log p of the target, or the mean of -log p under q, in nats."""
     grad_base: float
     """E[a] under p: the slope of the loss in the base's temperature."""
     grad_sidekick: float
@@ -44,7 +45,8 @@ class NllSums(NamedTuple):
     curvature_sidekick: float
     """Var[b]."""
     unsure: float
-    """1 if the target has a probability of at most 1/2, else 0."""
+    """1 if the target has a probability of at most 1/2, or is soft: with several classes of which
+    none can become sure. Else 0."""
 
 
 def nll_sums(
@@ -58,13 +60,16 @@ def nll_sums(
 ) -> Tensor:
     """Evaluate the NLL, its gradient and its curvature at all points in one read of the logits.
 
-    On CUDA this is one Triton kernel; elsewhere plain PyTorch over chunks that stay in the cache.
-    The sums are float64; the extra memory is a few tens of MB whatever the number of samples.
+    On CUDA this is one Triton kernel; elsewhere, and for soft targets, plain PyTorch over chunks
+    that stay in the cache. The sums are float64; the extra memory is a few tens of MB whatever the
+    number of samples.
 
     Args:
         base: Logits of the base, shape (N, K), any floating dtype, no NaN.
         sidekick: Logits of the sidekick, same shape and device.
-        targets: True classes, shape (N,), an integer dtype, in [0, K), not masked.
+        targets: True classes, shape (N,), an integer dtype, in [0, K), not masked; or class
+            probabilities, shape (N, K), any floating dtype, 0 where masked. Each row is divided by
+            its sum. One-hot rows have the sums of their classes, bit by bit.
         points: Where to evaluate.
         masked: Whether any logit is ``-inf``; both models must mask the same classes.
         dtype: Arithmetic within a chunk of rows in plain PyTorch. float32 takes less than half of
@@ -76,7 +81,7 @@ def nll_sums(
 
     Source: Asymmetric Duos, Sec. 3.1: the objective of the fit.
     """
-    if _HAS_TRITON:
+    if _HAS_TRITON and targets.ndim == 1:
         from triton import knobs
 
         if base.is_cuda or knobs.runtime.interpret:
@@ -112,27 +117,52 @@ def _in_chunks(
     sums = torch.zeros(len(NllSums._fields), len(points), dtype=torch.float64, device=base.device)
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
-        y = targets[chunk, None].long()
-        here = room[:, : len(y)]
+        given = targets[chunk]
+        here = room[:, : len(given)]
         relative, free = here[:2], here[2:]
-        a, b = relative.unbind()
-        for logits, out in ((base, a), (sidekick, b)):
-            # The target's own becomes 0, so small slopes of sure models keep their digits.
-            x = logits[chunk].to(dtype)
-            torch.sub(x, x.gather(1, y), out=out)
-        hidden = a == -torch.inf if masked else None
-        if hidden is not None:
-            relative.masked_fill_(hidden, 0.0)
-        found = [_moments(a, b, y, *run, hidden, free) for run in runs]
+        hidden = _centre(base[chunk], sidekick[chunk], given, relative, free[:2], masked=masked)
+        found = [_moments(relative[0], relative[1], *run, hidden, free) for run in runs]
         of_rows = torch.cat([of_run for of_run, _ in found], dim=1).double()
         dots = torch.stack([dot for _, dots in found for dot in dots]).view(-1, 3).T
-        loss = LOG_2 * (of_rows[0].log2() - of_rows[1])
+        loss = LOG_2 * (of_rows[0].log2() + of_rows[1])
         mean, other = of_rows[2:].unbind()
         products = torch.stack([mean * mean, mean * other, other * other])
         first, second = of_rows[2:].sum(dim=2), dots.double() - products.sum(dim=2)
-        unsure = (loss >= LOG_2).sum(dim=1)
-        sums += torch.cat([loss.sum(dim=1)[None], first, second, unsure[None]])
+        unsure = loss >= LOG_2
+        if given.ndim == 2:
+            unsure |= (given > 0).sum(dim=1) > 1
+        sums += torch.cat([loss.sum(dim=1)[None], first, second, unsure.sum(dim=1)[None]])
     return sums.T
+
+
+def _centre(
+    base: Tensor, sidekick: Tensor, targets: Tensor, out: Tensor, free: Tensor, *, masked: bool
+) -> Tensor | None:
+    """Write the logits of a chunk less those of their targets, so small slopes keep their digits.
+
+    Args:
+        base: Logits of the base, shape (rows, K).
+        sidekick: Those of the sidekick.
+        targets: Classes (rows,), or probabilities (rows, K).
+        out: Where to, shape (2, rows, K); finite where masked.
+        free: Room of the same shape.
+        masked: Whether any logit may be masked.
+
+    Returns:
+        Which logits are masked, shape (rows, K), if any may be.
+    """
+    soft = targets.ndim == 2
+    y = targets.argmax(1, keepdim=True) if soft else targets[:, None].long()
+    for logits, each in zip((base, sidekick), out.unbind(), strict=True):
+        x = logits.to(out.dtype)
+        torch.sub(x, x.gather(1, y), out=each)
+    hidden = out[0] == -torch.inf if masked else None
+    if hidden is not None:
+        out.masked_fill_(hidden, 0.0)
+    if soft:
+        q = targets.to(out.dtype) / targets.sum(dim=1, keepdim=True, dtype=out.dtype)
+        out.sub_(torch.mul(out, q, out=free).sum(dim=2, keepdim=True))
+    return hidden
 
 
 def _neighbours(points: Sequence[Point]) -> list[tuple[slice, tuple[bool, bool]]]:
@@ -145,7 +175,6 @@ def _neighbours(points: Sequence[Point]) -> list[tuple[slice, tuple[bool, bool]]
 def _moments(
     a: Tensor,
     b: Tensor,
-    y: Tensor,
     t: Sequence[Tensor],
     models: tuple[bool, bool],
     hidden: Tensor | None,
@@ -154,18 +183,18 @@ def _moments(
     """All that takes a look at every logit of a chunk, in as few operations as can be.
 
     Args:
-        a: Logits of the base less that of the target, shape (rows, K), 0 where masked.
+        a: Logits of the base less that of the target, or less their mean under a soft one, shape
+            (rows, K), finite where masked too.
         b: Those of the sidekick.
-        y: Targets, shape (rows, 1).
         t: Temperatures for base and sidekick over log 2, each of shape (points, 1, 1).
         models: Which of the two take part; the sums of the other are 0.
         hidden: Which logits are masked, shape (rows, K), if any is.
         free: Two matrices of shape (rows, K) or more for each point, to work in.
 
     Returns:
-        With z = t * a + t * b, less its largest in a row where that is large: for each row the sum
-        of 2^z, z of the target, E[a] and E[b], shape (4, points, rows); and for each point in turn
-        the sums over the rows of E[aa], E[ab], E[bb].
+        With z = t * a + t * b, which is 0 of the target, less its largest in a row where any is
+        large: for each row the sum of 2^z, what was taken off z, E[a] and E[b], shape (4, points,
+        rows); and for each point in turn the sums over the rows of E[aa], E[ab], E[bb].
     """
     use_base, use_sidekick = models
     points = len(t[0])
@@ -176,13 +205,14 @@ def _moments(
     if hidden is not None:
         z.masked_fill_(hidden, -torch.inf)
     total = torch.exp2(z, out=p).sum(dim=2)
-    if not total.amax() < HUGE:
-        z.sub_(z.amax(dim=2, keepdim=True))
-        total = torch.exp2(z, out=p).sum(dim=2)
-    of_target = z.gather(2, y.expand(points, -1, 1)).squeeze(2)
-    p.mul_(total.reciprocal()[:, :, None])
     none = torch.zeros_like(total)
-    of_rows = [total, of_target, none, none]
+    top = none
+    if not total.amax() < HUGE:
+        top = z.amax(dim=2)
+        z.sub_(top[:, :, None])
+        total = torch.exp2(z, out=p).sum(dim=2)
+    p.mul_(total.reciprocal()[:, :, None])
+    of_rows = [total, top, none, none]
     dots = [[none[0, 0]] * 3 for _ in range(points)]
     if use_base:
         torch.mul(p, a, out=px)

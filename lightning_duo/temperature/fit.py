@@ -61,7 +61,8 @@ class TemperatureFit:
     """Optimum of the duo."""
     nll: float
     """NLL of the duo at its optimum, in nats per sample; never above ``nll_base``. It is what the
-    last Newton step foresees, exact to about 1e-11, or a few 1e-6 where it computes in float32."""
+    last Newton step foresees, exact to about 1e-11, or a few 1e-6 where it computes in float32. Of
+    soft targets it is never below their entropy."""
     scaled_base: Temperatures
     """Optimum of the base alone, ``(t, 0)``: ordinary temperature scaling with divisor 1/t."""
     nll_base: float
@@ -71,9 +72,9 @@ class TemperatureFit:
     nll_sidekick: float
     """NLL of the sidekick at ``scaled_sidekick``."""
     status: Status
-    """``converged``: the optimum. ``separable``: every target beats all other classes and can be
-    made as sure as one likes, so no finite optimum exists; the temperatures are finite and reach
-    an NLL that rounds to 0.
+    """``converged``: the optimum. ``separable``: every target is one class, which beats all others
+    and can be made as sure as one likes, so no finite optimum exists; the temperatures are finite
+    and reach an NLL that rounds to 0.
     ``pass_limit``: stopped after 12 passes with the best temperatures seen."""
     passes: int
     """Times all logits were read to fit; the three optima are found in the same passes."""
@@ -106,6 +107,10 @@ def fit_temperatures(
     mask classes with ``-inf`` if both models mask the same ones. If both do so with a number such
     as -1e9, far below all other logits, it counts as ``-inf`` in the fit.
 
+    Targets may be soft: the class probabilities of each row, as several annotators or MixUp give
+    them. The NLL of a row is then the mean of -log p under them, which is as convex. Each row is
+    divided by its sum, so that what half precision leaves of a 1 makes no difference.
+
     Most of the way is found on a few rows; all of them are then read once to three times in most
     cases, in chunks: the extra memory is a few tens of MB whatever the number of samples.
     Arithmetic is in float64 for float64 logits, on CUDA, and for up to a million logits (2^20 a
@@ -115,7 +120,8 @@ def fit_temperatures(
     Args:
         base_logits: Logits of the base, shape (N, K), any floating dtype.
         sidekick_logits: Logits of the sidekick, shape (N, K), any floating dtype, same device.
-        targets: True classes, shape (N,), an integer dtype, values in [0, K).
+        targets: True classes, shape (N,), an integer dtype, values in [0, K); or class
+            probabilities, shape (N, K), a floating dtype, rows of which each sums to 1 within 0.01.
         reduce: Sums a float64 tensor over all processes. With it every process passes its own
             samples (possibly none) and all get the same temperatures. Only sums are exchanged.
 
@@ -124,7 +130,8 @@ def fit_temperatures(
 
     Raises:
         ValueError: If shapes, dtypes or targets do not fit, logits are NaN or infinite, the two
-            models mask different classes, a target is masked, or there is no sample at all.
+            models mask different classes, a target is masked (of a soft one: a class that it gives
+            a chance), or there is no sample at all.
 
     Example:
         >>> import torch
@@ -132,6 +139,9 @@ def fit_temperatures(
         >>> fit = fit_temperatures(base, base, torch.tensor([0, 0, 1, 1]))
         >>> fit.temperatures.base == fit.temperatures.sidekick > 0
         True
+        >>> soft = torch.tensor([[1.0, 0.0], [0.7, 0.3], [0.0, 1.0], [0.4, 0.6]])
+        >>> fit_temperatures(base, base, soft).status
+        'converged'
 
     Source: Asymmetric Duos, Sec. 3.1, "Tuning the temperatures".
     """

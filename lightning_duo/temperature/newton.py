@@ -56,7 +56,7 @@ class Optimum(NamedTuple):
 class Quadratic(NamedTuple):
     """NLL per sample around a point, in units in which each model's logits have variance 1.
 
-    ``unsure`` is the number of samples whose target has a probability of at most 1/2.
+    ``unsure`` is the number of samples whose target has a probability of at most 1/2 or is soft.
     """
 
     value: float

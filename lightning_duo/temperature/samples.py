@@ -10,11 +10,12 @@ from torch import Tensor
 
 WIDE = 1e6  # logits beyond are masks, or need float64
 FAR, NEAR = 1e-3, 1e-5  # of the lowest logit: masks lie below the one, all others within the other
+NEAR_ONE = 1e-2  # off which the sum of class probabilities may be, as half precision leaves it
 CHUNK = 1 << 20  # logits that are looked at a time where a copy is needed
 
 
 def check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
-    """Refuse what are not logits (N, K) of two models and targets (N,).
+    """Refuse what are not logits (N, K) of two models, and targets (N,) or (N, K).
 
     Raises:
         ValueError: If shapes or dtypes do not fit.
@@ -31,12 +32,14 @@ def check_shapes(base: Tensor, sidekick: Tensor, targets: Tensor) -> None:
         raise ValueError(
             f"fit_temperatures expects floating-point logits, got {base.dtype} and {sidekick.dtype}"
         )
-    no_index = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-    if targets.shape != base.shape[:1] or no_index:
+    soft = targets.is_floating_point()
+    no_index = soft or targets.is_complex() or targets.dtype == torch.bool
+    if targets.shape != base.shape[: 1 + soft] or (no_index and not soft):
         raise ValueError(
-            f"fit_temperatures expects integer targets of shape ({len(base)},), got "
-            f"{targets.dtype} of shape {tuple(targets.shape)}; soft and multi-label targets are "
-            "not supported"
+            f"fit_temperatures expects integer targets of shape ({len(base)},), or class "
+            f"probabilities of a floating dtype and shape {tuple(base.shape)}, got {targets.dtype} "
+            f"of shape {tuple(targets.shape)}; of multi-label targets make rows of two classes "
+            "with lightning_duo.tasks.Labels().rows"
         )
 
 
@@ -62,27 +65,25 @@ def check_samples(
     Args:
         base: Logits of the base, shape (N, K).
         sidekick: Logits of the sidekick, shape (N, K).
-        targets: True classes, shape (N,).
+        targets: True classes, shape (N,), or class probabilities, shape (N, K).
         reduce: As in `fit_temperatures`.
 
     Raises:
         ValueError: In every process, with the number of samples concerned and the first of them,
-            if targets are out of range or masked, logits are NaN or infinite, the two models mask
-            different classes, or there is no sample.
+            if targets are out of range, no probabilities or masked, logits are NaN or infinite, the
+            two models mask different classes, or there is no sample.
     """
-    classes, targets = base.shape[1], targets.long()  # unsigned numbers cannot be compared
-    in_range = (targets >= 0) & (targets < classes)
-    target_logit = base.gather(1, targets.clamp(0, classes - 1)[:, None]).squeeze(1)
+    name, wrong = _wrong_targets(targets, base.shape[1])
     extents = [_largest(logits) for logits in (base, sidekick)]
     if all(map(math.isfinite, extents)):
         base, sidekick = base[:, :0], sidekick[:, :0]  # nothing to find; looking takes much longer
     masked, masked_sidekick = base == -torch.inf, sidekick == -torch.inf
     problems = {
-        f"targets outside 0..{classes - 1}": ~in_range,
+        name: wrong,
         "NaN or +inf base logits": ~(base.isfinite() | masked).all(1),
         "NaN or +inf sidekick logits": ~(sidekick.isfinite() | masked_sidekick).all(1),
         "classes masked with -inf by one model only": (masked != masked_sidekick).any(1),
-        "a target class masked with -inf": in_range & (target_logit == -torch.inf),
+        "a target class masked with -inf": ~wrong & _at_targets(masked, targets),
     }
     far = max(extents) > WIDE
     here = [len(targets), masked.sum(), far, *(rows.sum() for rows in problems.values())]
@@ -96,6 +97,25 @@ def check_samples(
     if not count:
         raise ValueError("a duo needs at least one sample to fit or measure, got none")
     return Samples(count, masks > 0, wide > 0)
+
+
+def _wrong_targets(targets: Tensor, classes: int) -> tuple[str, Tensor]:
+    """What targets may not be, and whether those of each row are, shape (N,)."""
+    if targets.ndim == 2:
+        # Comparisons with NaN are false.
+        right = (targets.amin(1) >= 0) & ((targets.sum(1).double() - 1).abs() <= NEAR_ONE)
+        return "targets that are no probabilities (each at least 0, with a sum of 1)", ~right
+    targets = targets.long()  # unsigned numbers cannot be compared
+    return f"targets outside 0..{classes - 1}", (targets < 0) | (targets >= classes)
+
+
+def _at_targets(masks: Tensor, targets: Tensor) -> Tensor:
+    """Whether each row's target, or any class of a soft one, is masked, shape (N,)."""
+    if not masks.shape[1]:  # nobody looked for any
+        return torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    if targets.ndim == 2:
+        return (masks & (targets > 0)).any(1)
+    return masks.gather(1, targets.long().clamp(0, masks.shape[1] - 1)[:, None]).squeeze(1)
 
 
 def _largest(logits: Tensor) -> float:
@@ -127,7 +147,7 @@ def hide_far(
     Args:
         base: Logits of the base, shape (N, K), as `check_samples` accepts them.
         sidekick: Logits of the sidekick, shape (N, K).
-        targets: True classes, shape (N,).
+        targets: True classes, shape (N,), or class probabilities, shape (N, K).
         reduce: As in `fit_temperatures`; all processes hide, or none does.
 
     Returns:
@@ -143,7 +163,7 @@ def hide_far(
     first, second = found
     any_here = first is not None or second is not None
     unlike = any_here and (first is None or second is None or not torch.equal(first, second))
-    target = first is not None and bool(first.gather(1, targets.long()[:, None]).any())
+    target = first is not None and bool(_at_targets(first, targets).any())
     here = torch.tensor([unlike, target], dtype=torch.float64, device=base.device)
     for problem, processes in zip(
         ("but not for the same classes in both models", "for targets too"),

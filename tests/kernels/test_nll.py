@@ -17,19 +17,24 @@ BOTH = (True, True)
 
 def reference(base: Tensor, sidekick: Tensor, targets: Tensor, t: tuple[float, float]) -> Tensor:
     """The seven sums, from PyTorch's own loss and its derivatives."""
-    a, b, y = base.double().cpu(), sidekick.double().cpu(), targets.long().cpu()
+    a, b, y = base.double().cpu(), sidekick.double().cpu(), targets.cpu()
+    soft = y.ndim == 2
+    y = y.double() / y.double().sum(1, keepdim=True) if soft else y.long()
     masked = a == -INF
     a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
 
     def loss(t: Tensor) -> Tensor:
         z = (t[0] * a + t[1] * b).masked_fill(masked, -INF)
+        if soft:
+            return -(y * z.log_softmax(1).masked_fill(masked, 0.0)).sum(1)
         return torch.nn.functional.cross_entropy(z, y, reduction="none")
 
     at = torch.tensor(t, dtype=torch.float64)
     each = loss(at)
     slopes = torch.func.jacfwd(lambda t: loss(t).sum())(at)
     bends = torch.func.jacfwd(torch.func.jacrev(lambda t: loss(t).sum()))(at)
-    unsure = (each.neg().exp() <= 0.5).sum()
+    several = (y > 0).sum(1) > 1 if soft else torch.zeros(len(a), dtype=torch.bool)
+    unsure = ((each.neg().exp() <= 0.5) | several).sum()
     return torch.stack([each.sum(), *slopes, bends[0, 0], bends[0, 1], bends[1, 1], unsure])
 
 
@@ -96,6 +101,36 @@ def test_masked_classes_layouts_and_kinds_of_targets(device: str) -> None:
     pairs = torch.stack([targets, targets], 1)
     assert_sums(base[::3], sidekick[::3], pairs[::3, 1], at)
     assert_sums(base + 1e4, sidekick - 1e4, targets, at[:1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_soft_targets(dtype: torch.dtype, device: str) -> None:
+    base, sidekick, targets = make_logits(40, 33, seed=0, device=device)
+    base, sidekick = base * 30, sidekick * 30  # also where one class has all the probability
+    generator = torch.Generator().manual_seed(0)
+    q = torch.rand(40, 33, generator=generator).to(device)
+    hidden = torch.rand(40, 33, generator=generator).to(device) < 0.3
+    hidden[torch.arange(40), targets] = False
+    q[:5] = torch.nn.functional.one_hot(targets[:5], 33).float()
+    at = [(0.0, 0.0), (0.02, 0.05), (1.0, 0.5)]
+    for masks in (torch.zeros_like(hidden), hidden):
+        some = q.masked_fill(masks, 0.0)
+        some = (some / some.sum(1, keepdim=True)).to(dtype)
+        hide = [x.masked_fill(masks, -INF) for x in (base, sidekick)]
+        assert_sums(*hide, some, at)
+        assert_sums(*hide, some.t().contiguous().t(), at)
+    assert_sums(base.double() + 1e3, sidekick.double() - 1e3, some, at)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernel takes classes alone")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_hot_rows_have_the_sums_of_their_classes(dtype: torch.dtype) -> None:
+    base, sidekick, targets = make_logits(300, 7, seed=0)
+    one_hot = torch.nn.functional.one_hot(targets, 7).half()
+    at = [Point((0.0, 0.0), BOTH), Point((1.3, 0.4), BOTH), Point((300.0, 0.0), BOTH)]
+    found, want = (nll_sums(base, sidekick, y, at, dtype=dtype) for y in (one_hot, targets))
+    assert found.equal(want)
 
 
 @pytest.mark.parametrize("device", DEVICES)
