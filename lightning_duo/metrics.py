@@ -296,7 +296,7 @@ class Brier(Metric):
 
     @override
     def update(self, probs: Tensor, targets: Tensor) -> None:
-        """Add a batch: probabilities (B, K) and true classes (B,)."""
+        """Add a batch: probabilities (B, K), and true classes (B,) or soft targets (B, K)."""
         errors = selective.brier_scores(probs, targets)
         classes = probs.shape[1] if self.mean_over_classes else 1
         self.total += (errors.sum() / classes).to(self.total.dtype)

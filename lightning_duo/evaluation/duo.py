@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_duo.evaluation.forms import LABELS, Form, check_score, duo_forms, judge
 from lightning_duo.evaluation.measures import measure
-from lightning_duo.evaluation.predictions import Predictions
+from lightning_duo.evaluation.predictions import Predictions, likeliest
 from lightning_duo.temperature import TemperatureFit
 from lightning_duo.temperature.samples import check_samples
 
@@ -40,7 +40,7 @@ def evaluate(
     Args:
         base_logits: Logits of the base, shape (N, K).
         sidekick_logits: Logits of the sidekick, shape (N, K).
-        targets: True classes, shape (N,).
+        targets: True classes, shape (N,), or class probabilities, shape (N, K); see `judge`.
         fit: The temperatures.
         score: What ranks the samples: the "confidence", or the "entropy" (negated) of the
             probabilities. ECE is of the confidence in any case.
@@ -138,13 +138,21 @@ class DuoMetrics(Metric):
     def update(
         self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor, **others: Tensor
     ) -> None:
-        """Add a batch: logits (B, K) of base, sidekick and others by name; true classes (B,)."""
+        """Add a batch.
+
+        Args:
+            base_logits: Logits of the base, shape (B, K).
+            sidekick_logits: Logits of the sidekick, shape (B, K).
+            targets: True classes, shape (B,), or class probabilities, shape (B, K); see `judge`.
+                Batches may differ in this.
+            others: Logits of further members that forms name, shape (B, K).
+        """
         members = {"base": base_logits, "sidekick": sidekick_logits, **others}
         said = [judge(form, members, targets, score=self.ranked_by) for form in self.forms.values()]
         for name, dtype in COLUMNS.items():
             column = torch.stack([getattr(one, name) for one in said], dim=1)
             getattr(self, name).append(column.to(dtype))
-        self.targets.append(targets.long())
+        self.targets.append(likeliest(targets))
 
     @override
     def compute(self) -> dict[str, dict[str, float]]:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from lightning_duo.evaluation.predictions import Predictions
+from lightning_duo.evaluation.predictions import Predictions, likeliest, log_losses
 from lightning_duo.selective import brier_scores
 from lightning_duo.temperature import UNWEIGHTED, TemperatureFit
 from lightning_duo_kernels import duo_head
@@ -144,7 +143,9 @@ def judge(
         form: The form.
         members: Model -> its logits, shape (N, K), any floating dtype; with those that the form
             names.
-        targets: True classes, shape (N,).
+        targets: True classes, shape (N,); or class probabilities, shape (N, K), a floating dtype.
+            Soft targets are what NLL and Brier score judge by; right is a prediction of the
+            likeliest class.
         score: What ranks the samples: a key of `SCORES`.
 
     Returns:
@@ -172,19 +173,21 @@ def judge(
         )
     shapes = {tuple(members[name].shape) for name in names}
     shape = shapes.pop()
-    if shapes or len(shape) != 2 or targets.shape != shape[:1]:
+    soft = targets.ndim == 2 and targets.is_floating_point()
+    if shapes or len(shape) != 2 or targets.shape != shape[: 1 + soft]:
         raise ValueError(
-            f"the form {form.label!r} needs logits of one shape (N, K) and targets (N,), got "
-            f"{sorted({shape, *shapes})} and {tuple(targets.shape)}"
+            f"the form {form.label!r} needs logits of one shape (N, K) and targets (N,), or class "
+            f"probabilities (N, K), got {sorted({shape, *shapes})} and {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
         )
     size = max(1, CHUNK_LOGITS // max(1, shape[1]))
     parts = {name: torch.split(members[name], size) for name in names}
     said = [
         _said(form, {name: _single(part[i]) for name, part in parts.items()}, some, score)
-        for i, some in enumerate(torch.split(targets.long(), size))
+        for i, some in enumerate(torch.split(targets, size))
     ]
     confidence, ranked, prediction, nll, brier = map(torch.cat, zip(*said, strict=True))
-    columns = (confidence, ranked, prediction, targets.long(), nll, brier)
+    columns = (confidence, ranked, prediction, likeliest(targets), nll, brier)
     return Predictions(*columns, shape[1], form.label, form.forwards)
 
 
@@ -217,13 +220,14 @@ def _said(
     assert head.probs is not None
     if nan := int(head.confidence.isnan().sum()):
         raise ValueError(f"{nan} of {len(targets)} rows of the form {form.label!r} hold NaN or inf")
+    brier = brier_scores(head.probs, targets).float()
     return (
         head.confidence,
         SCORES[score](logits, head).float(),
         head.prediction,
         # In float64, so that it orders two models as the fit does.
-        cross_entropy(logits.double(), targets, reduction="none"),
-        brier_scores(head.probs, targets).float(),
+        log_losses(logits.double().log_softmax(1), targets),
+        brier,
     )
 
 

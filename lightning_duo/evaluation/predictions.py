@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo.selective import brier_scores
+from lightning_duo.selective.calibration import distributions
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class Predictions:
     prediction: Tensor
     """Predicted class, shape (N,), int64."""
     targets: Tensor
-    """True class, shape (N,), int64."""
+    """True class, shape (N,), int64; of a soft target its likeliest class, the first among equal
+    ones."""
     nll: Tensor
-    """Negative log-likelihood of the target in nats, shape (N,), float64."""
+    """Negative log-likelihood of the target in nats, shape (N,), float64; the mean of it under a
+    soft target."""
     brier: Tensor
     """Squared error of the probabilities, summed over classes, shape (N,)."""
     num_classes: int
@@ -50,7 +53,9 @@ class Predictions:
 
         Args:
             probs: Class probabilities, shape (N, K), rows that sum to 1.
-            targets: True classes, shape (N,), an integer dtype.
+            targets: True classes, shape (N,), an integer dtype; or class probabilities, shape
+                (N, K), a floating dtype. Soft targets are what NLL and Brier score judge by; right
+                is a prediction of the likeliest class.
             prediction: Predicted classes, shape (N,); by default the most probable ones.
             confidence: Probability that each prediction is right, shape (N,), in [0, 1]; by default
                 the probability of the predicted class.
@@ -62,8 +67,8 @@ class Predictions:
             Predictions for `measure`, `bootstrap` and `report.write_report`.
 
         Raises:
-            ValueError: If the shapes do not fit, rows of ``probs`` are no probabilities, or targets
-                are out of range.
+            ValueError: If the shapes do not fit, rows of ``probs`` or of soft targets are no
+                probabilities, or targets are out of range.
 
         Example:
             >>> import torch
@@ -72,7 +77,8 @@ class Predictions:
             (tensor([0.9000, 0.6000]), tensor([ True, False]))
         """
         brier = brier_scores(probs, targets).to(probs.dtype)
-        targets = targets.long()
+        nll = log_losses(probs.double().log(), targets)
+        targets = likeliest(targets)
         prediction = probs.argmax(1) if prediction is None else prediction.long()
         if confidence is None:
             confidence = probs.gather(1, prediction[:, None]).squeeze(1)
@@ -83,7 +89,6 @@ class Predictions:
                 raise ValueError(
                     f"expected {name} of shape ({len(targets)},), got {tuple(column.shape)}"
                 )
-        nll = -probs.double().gather(1, targets[:, None]).squeeze(1).log()
         columns = (confidence, score, prediction, targets, nll, brier)
         return cls(*columns, probs.shape[1], label, forwards or {})
 
@@ -96,3 +101,26 @@ class Predictions:
         """The same on the CPU."""
         columns: dict[str, Any] = {k: v.cpu() for k, v in vars(self).items() if torch.is_tensor(v)}
         return replace(self, **columns)
+
+
+def likeliest(targets: Tensor) -> Tensor:
+    """The classes that targets say are true, shape (N,), int64.
+
+    Args:
+        targets: Classes, shape (N,), or class probabilities, shape (N, K); the first of equal ones
+            counts.
+    """
+    return targets.argmax(1) if targets.ndim == 2 else targets.long()
+
+
+def log_losses(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, shape (N,).
+
+    Args:
+        log_probs: Log-probabilities, shape (N, K), -inf where a class cannot be.
+        targets: Classes, shape (N,), or class probabilities, shape (N, K).
+    """
+    if targets.ndim == 1:
+        return -log_probs.gather(1, targets.long()[:, None]).squeeze(1)
+    q = distributions(targets)
+    return -(q * log_probs).masked_fill(q == 0, 0.0).sum(1)

@@ -53,15 +53,16 @@ def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         probs: Class probabilities, shape (N, K), rows that sum to 1.
-        targets: True classes, shape (N,), an integer dtype.
+        targets: True classes, shape (N,), an integer dtype; or class probabilities, shape (N, K),
+            a floating dtype, to whose `distributions` the distance is then.
 
     Returns:
         Scores in [0, 2], shape (N,), float64; their mean is the Brier score. (The code of
         Asymmetric Duos divides it by K.)
 
     Raises:
-        ValueError: If the shapes do not fit, rows are no probabilities, or targets are out of
-            range.
+        ValueError: If the shapes do not fit, rows of either are no probabilities, or targets are
+            out of range.
 
     Example:
         >>> import torch
@@ -70,17 +71,50 @@ def brier_scores(probs: Tensor, targets: Tensor) -> Tensor:
 
     Source: Brier (1950); Asymmetric Duos, App. E.
     """
-    if probs.ndim != 2 or targets.shape != probs.shape[:1] or targets.is_floating_point():
+    soft = targets.is_floating_point()
+    if probs.ndim != 2 or targets.shape != probs.shape[: 1 + soft]:
         raise ValueError(
-            "expected probs (N, K) and integer targets (N,), got "
-            f"{tuple(probs.shape)} and {targets.dtype} {tuple(targets.shape)}"
+            "expected probs (N, K) and integer targets (N,), or class probabilities (N, K) as "
+            f"targets, got {tuple(probs.shape)} and {targets.dtype} {tuple(targets.shape)}"
         )
     if not len(targets):
         return torch.zeros(0, dtype=torch.float64, device=probs.device)
-    exact, targets = probs.double(), targets.long()
-    if not (exact >= 0).all() or (exact.sum(1) - 1).abs().max() > 1e-2:
+    exact = probs.double()
+    if not _are_probabilities(exact):
         raise ValueError("expected probs as rows of probabilities that sum to 1; apply softmax")
+    if soft:
+        return (exact - distributions(targets)).square().sum(1)
+    targets = targets.long()
     if targets.min() < 0 or targets.max() >= probs.shape[1]:
         raise ValueError(f"expected targets in 0..{probs.shape[1] - 1}")
     right = exact.gather(1, targets[:, None]).squeeze(1)
     return exact.square().sum(1) - 2 * right + 1
+
+
+def distributions(targets: Tensor) -> Tensor:
+    """What soft targets are taken as: each row divided by its sum, as half precision rounds it.
+
+    Args:
+        targets: Class probabilities, shape (N, K), a floating dtype.
+
+    Returns:
+        Rows that sum to 1, shape (N, K), float64.
+
+    Raises:
+        ValueError: If rows are no probabilities, or their sum is off 1 by more than 0.01.
+
+    Example:
+        >>> import torch
+        >>> distributions(torch.tensor([[0.25, 0.745]])).sum()
+        tensor(1., dtype=torch.float64)
+    """
+    exact = targets.double()
+    if not _are_probabilities(exact):
+        raise ValueError("expected soft targets as rows of probabilities that sum to 1")
+    return exact / exact.sum(1, keepdim=True)
+
+
+def _are_probabilities(exact: Tensor) -> bool:
+    if not len(exact):
+        return True
+    return bool((exact >= 0).all()) and bool((exact.sum(1) - 1).abs().max() <= 1e-2)
