@@ -35,7 +35,9 @@ def text_model(
             model, found = make.from_pretrained(
                 name, **config, ignore_mismatched_sizes=True, output_loading_info=True
             )
-            new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+            # Names, or tuples that begin with one, by the version of transformers.
+            resized = (key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+            new = {*found["missing_keys"], *resized}
         else:
             model = make.from_config(transformers.AutoConfig.from_pretrained(name, **config))
     except OSError as error:
