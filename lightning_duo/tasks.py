@@ -59,10 +59,10 @@ class Classes:
             ValueError: If shapes, dtypes or values do not fit.
         """
         self._check(output)
-        logits = output.movedim(self.dim, -1)
+        logits = output if self._is_rows(output) else output.movedim(self.dim, -1)
         places = logits.shape[:-1]
         items = None if len(places) == 1 else _items(places, output.device)
-        rows = Rows(logits.reshape(-1, logits.shape[-1]), None, items)
+        rows = Rows(logits if items is None else logits.flatten(0, -2), None, items)
         if targets is None:
             return rows
         if targets.is_floating_point() and targets.shape == output.shape:
@@ -88,10 +88,16 @@ class Classes:
         Returns:
             Shape of the output, for (R,) without its classes.
         """
+        if self._is_rows(output):
+            return values
         shape = output.movedim(self.dim, -1).shape
         if values.ndim == 1:
             return values.view(shape[:-1])
         return values.view(shape).movedim(-1, self.dim)
+
+    def _is_rows(self, output: Tensor) -> bool:
+        """Whether an output is (N, K) already, as most are: then no views of it are made."""
+        return output.ndim == 2 and self.dim in (1, -1)
 
     def _check(self, output: Tensor) -> None:
         if output.ndim < 2 or not output.is_floating_point():
