@@ -87,10 +87,10 @@ def _mapped(value: Any, change: Callable[[Tensor], Any], depth: int) -> Any:
         return value
     if _is_graph(value):
         return copy.copy(value).apply(change)
-    new = {key: _mapped(part, change, depth + 1) for key, part in parts(value)}
-    if all(new[key] is part for key, part in parts(value)):
-        return value
-    return _rebuilt(value, new)
+    old = dict(parts(value))
+    new = {key: _mapped(part, change, depth + 1) for key, part in old.items()}
+    same = [new[key] is part for key, part in old.items()]
+    return value if all(same) else _rebuilt(value, new)
 
 
 def kept(value: Any) -> Any:
@@ -147,6 +147,8 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 def _rebuilt(value: Any, new: Mapping[Any, Any]) -> Any:
     """A structure of the same type with other parts."""
+    if type(value) is dict:  # torch.compile cannot look into copy
+        return {**value, **new}
     if isinstance(value, MutableMapping):
         made = copy.copy(value)
         for key, part in new.items():
