@@ -21,6 +21,7 @@ from lightning_duo_kernels import duo_head, weighted_sum
 from lightning_duo_kernels.head import HeadOutput
 
 Mode = Literal["weighted", "unweighted", "uq_only"]
+_NOTHING: Any = object()  # in place of a first argument, where all are given by name
 
 
 class DuoOutput(NamedTuple):
@@ -110,9 +111,11 @@ class DuoModule(nn.Module):
         self.register_buffer("threshold", _checked_threshold(threshold))
 
     @override
-    def forward(self, *args: Any, **kwargs: Any) -> DuoOutput:
+    def forward(self, x: Any = _NOTHING, /, *args: Any, **kwargs: Any) -> DuoOutput:
         """Predict; the arguments are those of the base's forward."""
-        return self.head(*self.member_logits(*args, **kwargs))
+        # torch.export needs a name for the first argument; it has trouble with *args alone.
+        given = () if x is _NOTHING else (x, *args)
+        return self.head(*self.member_logits(*given, **kwargs))
 
     def head(
         self, base: Tensor, sidekick: Tensor, *, rows_head: Callable[..., HeadOutput] = duo_head

@@ -1,4 +1,4 @@
-"""A duo as one file that runs where this library is not installed."""
+"""Writing a duo as a file: what is refused, the formats, the description."""
 
 import json
 from collections.abc import Callable
@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
-from typing_extensions import override
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
+from lightning_duo import nested
 from lightning_duo._version import __version__
-from lightning_duo.base import as_logits
+from lightning_duo.base import Call
+from lightning_duo.batch import describe
+from lightning_duo.export.trace import Deployed, Inputs, Outputs, has_batch, trace, traced
 from lightning_duo.files import plain_float, whole
 from lightning_duo.isolation import evaluating, frozen
 from lightning_duo.module import DuoModule, DuoOutput
-from lightning_duo_kernels.composite import head
-from lightning_duo_kernels.head import head_operator
+from lightning_duo.tasks import task_state
 
 Format: TypeAlias = Literal["program", "aoti", "onnx"]
 SUFFIX = {"program": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -31,10 +32,12 @@ def export_duo(
     """Write a duo as one file for any batch size, which needs neither this library nor Lightning.
 
     The file maps ``x`` to ``(probs, prediction, confidence, accept)`` of `DuoOutput`, in eval mode,
-    on the device and in the precision the module has now. It carries a description of the duo, one
-    JSON object: ``temperatures``, ``threshold`` ("Infinity" if nothing is accepted), ``mode``,
-    ``num_classes``, ``inputs`` (their shapes and dtypes; null stands for the batch), ``outputs``
-    and ``versions``. To run the file, and to read its description:
+    on the device and in the precision the module has now. A duo of several arguments takes them
+    in the file as in the example, by position or by name. The file carries a description of the
+    duo, one JSON object: ``temperatures``, ``threshold`` ("Infinity" if nothing is accepted),
+    ``mode``, ``task``, ``num_classes`` (2 for labels), ``inputs`` (their shapes and dtypes; null
+    stands for the batch), ``outputs`` and ``versions``. To run the file, and to read its
+    description:
 
     - ``program``, which needs PyTorch alone: ``torch.export.load(path).module()(x)``; loading with
       ``extra_files=(extra := {"lightning_duo.json": ""})`` fills in the description.
@@ -44,7 +47,8 @@ def export_duo(
       It reads ``x`` as it was compiled for, with the example's sizes, dtype and memory layout, and
       does not check that: others give wrong answers.
     - ``onnx``: ``session = onnxruntime.InferenceSession(path)``; outputs have their names, and the
-      input is ``x`` where it is one tensor;
+      input is ``x`` where it is one tensor; several arguments have the names they have in the
+      base's forward;
       ``session.get_modelmeta().custom_metadata_map["lightning_duo"]``. Making it needs
       ``pip install onnx onnxscript``. Weights of 2 GB and more lie in a second file beside
       it.
@@ -53,8 +57,10 @@ def export_duo(
         module: The duo.
         path: The file to write: ``.pt2``, or ``.onnx``. It appears whole or not at all.
         example_input: A batch as the duo takes it, on the duo's device: a tensor, or tensors in
-            lists, tuples and dicts. The first dimension of each is the batch; the other sizes stay
-            as they are here.
+            lists, tuples and dicts. If the duo takes several arguments, a call with such batches:
+            ``Call((ids,), {"mask": mask})`` for ``duo(ids, mask=mask)``; `Call` is in
+            `lightning_duo.base`. The first dimension of each tensor is the batch; the other sizes
+            stay as they are here.
         format: ``program``, ``aoti`` or ``onnx``.
 
     Returns:
@@ -77,6 +83,11 @@ def export_duo(
         >>> probs, prediction, confidence, accept = run(torch.ones(7, 4))
         >>> prediction.shape
         torch.Size([7])
+        >>> twice = DuoModule(torch.nn.Bilinear(4, 5, 3), torch.nn.Bilinear(4, 5, 3), (1.0, 0.5))
+        >>> example = Call((torch.randn(2, 4), torch.randn(2, 5)), {})
+        >>> run = torch.export.load(export_duo(twice, path, example)).module()
+        >>> run(torch.ones(7, 4), torch.ones(7, 5))[1].shape
+        torch.Size([7])
     """
     path = Path(path)
     _check(module, path, format)
@@ -84,129 +95,38 @@ def export_duo(
     precision = torch.autocast(module.temperatures.device.type, enabled=False)  # the weights' own
     with evaluating(module), frozen(module), precision:
         description = _description(module, example)
-        program = _traced(module, example)
+        program = traced(module, example)
         with whole(path) as file:
             _WRITERS[format](module, program, file, example, description)
     return path
 
 
-class _Deployed(nn.Module):
-    """The duo with plain types for results, and the head as the format wants it.
-
-    AOTInductor compiles the operator, which is the Triton kernel on CUDA. The other files must load
-    where the operator is not known, so they hold the same in plain PyTorch.
-    """
-
-    def __init__(self, duo: DuoModule, *, operator: bool) -> None:
-        super().__init__()
-        self.duo, self.operator = duo, operator
-        self.eval()
-
-    @override
-    def forward(self, x: Any) -> tuple[Tensor, ...]:
-        base, sidekick = self.duo.member_logits(x)
-        run: Callable[..., tuple[Tensor, ...]] = head_operator if self.operator else head
-        uq_only = self.duo.mode == "uq_only"
-        probs, prediction, confidence, _ = run(base, sidekick, self.duo.temperatures, True, uq_only)
-        return probs, prediction, confidence, confidence >= self.duo.threshold
-
-
-class _Member(nn.Module):
-    """Base or sidekick alone, whose logits may come in an object."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.eval()
-
-    @override
-    def forward(self, x: Any) -> Tensor | None:
-        return as_logits(self.model(x))
-
-
-def _any_batch(example: Any, size: Any) -> Any:
-    """Which dimensions of the example may have any size, as torch.export wants it said."""
-    return tree_map(lambda x: {0: size} if _has_batch(x) else None, example)
-
-
-def _trace(module: nn.Module, example: Any) -> ExportedProgram:
-    shapes = (_any_batch(example, Dim.DYNAMIC),)
-    return torch.export.export(module, (example,), dynamic_shapes=shapes)
-
-
-def _traced(duo: DuoModule, example: Any) -> ExportedProgram:
-    """The duo in plain PyTorch, for any batch size, or an error that names the model at fault."""
-    try:
-        program = _trace(_Deployed(duo, operator=False), example)
-    except Exception as error:
-        for name in ("base", "sidekick"):
-            try:
-                _trace(_Member(getattr(duo, name)), example)
-            except Exception as cause:
-                raise RuntimeError(
-                    f"torch.export cannot trace the {name}, {type(getattr(duo, name)).__name__}, "
-                    f"for any batch size: {str(cause).strip().splitlines()[0]}; its forward must "
-                    "not branch on the values of a tensor, nor assume a batch size (use "
-                    "torchvision.transforms.v2, not its older transforms)"
-                ) from error
-        raise
-    _check_other_batches(duo, program, example)
-    return program
-
-
-def _check_other_batches(duo: DuoModule, program: ExportedProgram, example: Any) -> None:
-    """Run the program on batches unlike the example: a branch on their size is lost in a trace."""
-    size = next(len(x) for x in tree_leaves(example) if _has_batch(x))
-    uppers = [bound.upper for bound in program.range_constraints.values()]
-    # Large limits are those of kernels' indices.
-    most = min((upper for upper in uppers if upper < 1 << 15), default=None)
-    run = program.module()
-    for other in (1, size + 1, 2 * size + 2):
-        rows = torch.arange(other, device=duo.temperatures.device) % size
-        batch = tree_map(lambda x: x[rows] if _has_batch(x) else x, example)  # noqa: B023
-        cause = None
-        try:
-            same = all(
-                torch.allclose(mine.float(), theirs.float(), rtol=0, atol=1e-2, equal_nan=True)
-                for mine, theirs in zip(run(batch)[::2], duo(batch)[::2], strict=True)
-            )
-        except Exception as error:  # a guard on the size
-            same, cause = False, error
-        if most is not None or not same:
-            unlike = f"of {other}" if most is None else f"of more than {most}"
-            raise RuntimeError(
-                f"base or sidekick computes something else for a batch {unlike} than for the "
-                f"{size} samples of its trace, so one file cannot serve both; make its forward "
-                "independent of the batch size"
-            ) from cause
-
-
 def _write_program(
-    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+    duo: DuoModule, program: ExportedProgram, path: Path, inputs: Inputs, description: str
 ) -> None:
     torch.export.save(program, path, extra_files={f"{DESCRIPTION}.json": description})
 
 
 def _write_aoti(
-    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+    duo: DuoModule, program: ExportedProgram, path: Path, inputs: Inputs, description: str
 ) -> None:
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(
-        _trace(_Deployed(duo, operator=True), example),
+        trace(Outputs(duo, operator=True), inputs),
         package_path=str(path),
         inductor_configs={"aot_inductor.metadata": {DESCRIPTION: description}},
     )
 
 
 def _write_onnx(
-    duo: DuoModule, program: ExportedProgram, path: Path, example: Any, description: str
+    duo: DuoModule, program: ExportedProgram, path: Path, inputs: Inputs, description: str
 ) -> None:
     # By name: a mapping in last place would be taken for keyword arguments.
     onnx = torch.onnx.export(
-        _Deployed(duo, operator=False),
-        kwargs={"x": example},
-        dynamic_shapes={"x": _any_batch(example, "batch")},
+        Deployed(Outputs(duo), inputs),
+        kwargs=dict(zip(inputs.names, inputs.values, strict=True)),
+        dynamic_shapes=inputs.any_batch("batch"),
         output_names=list(DuoOutput._fields),
         dynamo=True,
         verbose=False,
@@ -216,7 +136,7 @@ def _write_onnx(
     onnx.save(path)
 
 
-_WRITERS: dict[str, Callable[[DuoModule, ExportedProgram, Path, Any, str], None]] = {
+_WRITERS: dict[str, Callable[[DuoModule, ExportedProgram, Path, Inputs, str], None]] = {
     "program": _write_program,
     "aoti": _write_aoti,
     "onnx": _write_onnx,
@@ -242,13 +162,17 @@ def _check(module: DuoModule, path: Path, format: str) -> None:
         )
 
 
-def _has_batch(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 0
-
-
-def _batch_of_two_or_more(module: DuoModule, example: Any) -> Any:
+def _batch_of_two_or_more(module: DuoModule, example_input: Any) -> Inputs:
     """The example; a batch of one is doubled, as export would take its size for a constant."""
-    batched = [x for x in tree_leaves(example) if _has_batch(x)]
+    example = Inputs.of(Call.with_input(example_input), module.base)
+    parts = tree_leaves(example.values)
+    for part in parts:
+        if not isinstance(part, Tensor) and any(nested.leaves(part)):
+            raise ValueError(
+                f"example_input holds tensors in a {describe(part)}, which torch.export does not "
+                "look into; give them in tuples, lists and dicts"
+            )
+    batched = [x for x in parts if has_batch(x)]
     sizes = {len(x) for x in batched}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
@@ -261,19 +185,18 @@ def _batch_of_two_or_more(module: DuoModule, example: Any) -> Any:
             f"example_input is on {', '.join(map(str, devices))}, the duo on {own}; move one of "
             "them with .to(device)"
         )
-    if sizes == {1}:
-        return tree_map(lambda x: torch.cat([x, x]) if _has_batch(x) else x, example)
-    return example
+    return example.changed(lambda x: torch.cat([x, x])) if sizes == {1} else example
 
 
-def _description(module: DuoModule, example: Any) -> str:
+def _description(module: DuoModule, example: Inputs) -> str:
     inputs = [
         {"shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
-        for x in tree_leaves(example)
-        if _has_batch(x)
+        for x in tree_leaves(example.values)
+        if has_batch(x)
     ]
     try:
-        logits, _ = module.member_logits(example)
+        base, _ = example.call().of(module.member_logits)
+        rows = module.task.rows(base).logits
     except Exception as error:
         raise ValueError(
             f"the duo cannot run example_input, which holds {inputs} (null is the batch): {error}"
@@ -283,7 +206,8 @@ def _description(module: DuoModule, example: Any) -> str:
             "temperatures": module.temperatures.tolist(),
             "threshold": plain_float(module.threshold.item()),
             "mode": module.mode,
-            "num_classes": logits.shape[1],
+            "task": task_state(module.task),
+            "num_classes": rows.shape[1],
             "inputs": inputs,
             "outputs": DuoOutput._fields,
             "versions": {"lightning_duo": __version__, "torch": torch.__version__},
