@@ -39,13 +39,19 @@ def labels(x: Tensor, seed: int, count: int = 4) -> Tensor:
 
 
 def images(
-    count: int, seed: int, *, classes: int = 3, channels: int = 3, size: int = 12
+    count: int,
+    seed: int,
+    *,
+    classes: int = 3,
+    channels: int = 3,
+    size: int = 12,
+    strength: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
     """(N, channels, size, size) and classes (N,): a faint pattern in noise."""
     y = torch.randint(classes, (count,), generator=generator(seed))
     faint = torch.randn(classes, channels, size, size, generator=generator(78))
     noise = torch.randn(count, channels, size, size, generator=generator(seed + 1000))
-    return noise + 0.15 * faint[y], y
+    return noise + strength * faint[y], y
 
 
 def scenes(

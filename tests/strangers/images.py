@@ -6,34 +6,13 @@ import lightning as L
 import torch
 from strangers.data import Records, images, points
 from strangers.judge import Stranger
+from strangers.models import Optimized, flat, small_cnn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics import Accuracy, MetricCollection
 from torchvision import models
 from torchvision.transforms import v2
-
-
-class Optimized(L.LightningModule):
-    """What all modules of these runs share."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
-
-
-def small_cnn(classes: int, *, channels: int = 3, width: int = 8) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride=2),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(3),
-        nn.Flatten(),
-        nn.Linear(9 * width, classes),
-    )
-
-
-def flat(outputs: int, width: int = 432) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(width, outputs))
 
 
 class Pictures(Stranger):
@@ -76,7 +55,10 @@ class ResNetClassifier(Optimized):
 
 
 class WrappedResNet(Pictures):
-    sizes = (160, 64, 8)
+    sizes = (64, 64, 16)
+
+    def data(self, count: int, seed: int) -> Dataset:
+        return TensorDataset(*images(count, seed, strength=0.3))
 
     def module(self) -> L.LightningModule:
         return ResNetClassifier()

@@ -11,7 +11,7 @@ from strangers.judge import Stranger, alone, fault_of_refusal, faults, nll, rows
 
 from lightning_duo import DuoCallback
 
-for name in ("images",):
+for name in ("images", "losses", "binary", "heads"):
     import_module(f"strangers.{name}")
 
 
