@@ -11,7 +11,21 @@ from strangers.judge import Stranger, alone, fault_of_refusal, faults, nll, rows
 
 from lightning_duo import DuoCallback
 
-for name in ("images", "losses", "binary", "heads"):
+THEMES = (
+    "images",
+    "losses",
+    "binary",
+    "heads",
+    "text",
+    "hugging_face",
+    # "dense",
+    # "tables",
+    # "graphs",
+    # "running",
+    # "libraries",
+    # "refused",
+)
+for name in THEMES:
     import_module(f"strangers.{name}")
 
 
