@@ -112,6 +112,8 @@ class SqueezingModule(FlatModule):
 
 
 class SqueezedInTheStep(YesOrNo):
+    may_squeeze = True
+
     def module(self) -> L.LightningModule:
         return SqueezingModule()
 

@@ -49,12 +49,16 @@ class Stranger:
     """Whether it is no classification."""
     takes_batch: ClassVar[bool] = False
     """Whether the step itself makes the logits, so that the deployed duo takes the batch."""
+    may_squeeze: ClassVar[bool] = False
+    """Whether answers in the shape without dimensions of size 1 are right too."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Packages without which it cannot run."""
     trainer: ClassVar[dict[str, Any]] = {}
     """Options of the Trainer."""
     logged: ClassVar[str] = "val_loss"
     """What the validation logs, the mean over batches of `value`."""
+    higher_is_better: ClassVar[bool] = False
+    """Of what it logs."""
     sizes: ClassVar[tuple[int, int, int]] = (192, 96, 16)
     """Samples to train, to validate, of a batch."""
 
@@ -290,6 +294,8 @@ def _of_module(
     got = case.call(duo, copy.deepcopy(batch))
     for name in ("probs", "prediction", "confidence"):
         hand, said = getattr(want, name), getattr(got, name)
+        if case.may_squeeze and said.squeeze().shape == hand.squeeze().shape:
+            said = said.reshape(hand.shape)
         if said.shape != hand.shape:
             yield f"{name} have shape {tuple(said.shape)}, not {tuple(hand.shape)}"
         elif name == "prediction":
