@@ -212,17 +212,25 @@ class GANModule(Optimized):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         imgs, _ = batch
-        for optimizer, is_generator in zip(self.optimizers(), (True, False), strict=True):
-            fake = self.discriminator(self(torch.randn(len(imgs), 4)))
-            ones = torch.ones(len(imgs), 1).type_as(imgs)
-            if is_generator:
-                loss = self.adversarial_loss(fake, ones)
-            else:
-                real = self.adversarial_loss(self.discriminator(imgs), ones)
-                loss = (real + self.adversarial_loss(fake, torch.zeros_like(ones))) / 2
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
+        z = torch.randn(len(imgs), 4).type_as(imgs)
+        ones = torch.ones(len(imgs), 1).type_as(imgs)
+        for_generator, for_discriminator = self.optimizers()
+
+        self.toggle_optimizer(for_generator)
+        g_loss = self.adversarial_loss(self.discriminator(self(z)), ones)
+        self.manual_backward(g_loss)
+        for_generator.step()
+        for_generator.zero_grad()
+        self.untoggle_optimizer(for_generator)
+
+        self.toggle_optimizer(for_discriminator)
+        real_loss = self.adversarial_loss(self.discriminator(imgs), ones)
+        fake = self.discriminator(self(z).detach())
+        d_loss = (real_loss + self.adversarial_loss(fake, torch.zeros_like(ones))) / 2
+        self.manual_backward(d_loss)
+        for_discriminator.step()
+        for_discriminator.zero_grad()
+        self.untoggle_optimizer(for_discriminator)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         real = self.discriminator(batch[0])

@@ -22,7 +22,7 @@ THEMES = (
     "tables",
     "graphs",
     "running",
-    # "libraries",
+    "libraries",
     "refused",
 )
 for name in THEMES:
@@ -91,6 +91,14 @@ def test_the_module_learns_without_a_duo(case: type[Stranger]) -> None:
 @pytest.mark.parametrize("case", WORKING, ids=named)
 def test_a_duo_beside_it_is_as_by_hand(case: type[Stranger]) -> None:
     assert faults(installed(case), make_callback) == []
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=named)
+def test_what_is_refused_runs_without_a_duo(case: type[Stranger]) -> None:
+    installed(case)
+    done = alone(case)
+    moved = [not torch.equal(x, done.start[name]) for name, x in done.module.state_dict().items()]
+    assert any(moved)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=named)
