@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from lightning_duo._version import __version__
 from lightning_duo.calibration import Calibration
 from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import Sidekick
+from lightning_duo.callback.step import Learnt, Stage
 from lightning_duo.callback.training import Progress
 
 STATE_VERSION = 3
@@ -31,6 +33,9 @@ def state_of(run: Run) -> dict[str, Any]:
         **written,
         "name": run.options.sidekick_name,
         "num_classes": run.sidekick.num_classes,
+        "in_chans": run.sidekick.in_chans,
+        "per_token": run.sidekick.per_token,
+        "learnt": {k: v.reading.state() for k, v in run.learnt.items() if v.reading},
         "sidekick": run.sidekick.model.state_dict(),
         "transform": run.options.transform_name,
         "training": run.training_state(),
@@ -84,7 +89,13 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
             "the refitted one, call trainer.test(model, data) without ckpt_path"
         )
     sidekick = run.sidekick or Sidekick.build(
-        options, state["num_classes"], run.base, messages, restored=True
+        options,
+        state["num_classes"],
+        run.base,
+        messages,
+        in_chans=state.get("in_chans", 3),  # earlier versions knew no other
+        per_token=state.get("per_token", False),
+        restored=True,
     )
     _load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
     messages.info(f"sidekick {options.sidekick_name!r} restored from the checkpoint")
@@ -103,6 +114,7 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         run,
         id=state["run"],
         sidekick=sidekick,
+        learnt=_learnt(state) | run.learnt,
         training=None,
         resume=training,
         progress=training and Progress(**{k: training[k] for k in COUNTED}, total=None),
@@ -114,6 +126,12 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         dropped=False,
         paired=False,
     )
+
+
+def _learnt(state: dict[str, Any]) -> dict[Stage, Learnt]:
+    """What steps were seen to do; steps to come are looked at anew."""
+    known = state.get("learnt", {}).items()
+    return {stage: Learnt(Reading.from_state(reading)) for stage, reading in known}
 
 
 def _fitted(state: dict[str, Any]) -> Fitted | None:

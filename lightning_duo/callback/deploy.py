@@ -63,13 +63,14 @@ def duo_of(run: Run) -> DuoModule:
     return duo.to(run.base.device).requires_grad_(False).eval()
 
 
-def _callable(run: Run, base: LightningModule) -> nn.Module:
+def _callable(run: Run, base: nn.Module) -> nn.Module:
     """What of the base the duo calls: all of it, a part, or its step."""
     reading, logits_fn = run.reading, run.options.logits_fn
     if logits_fn is not None:
         return LogitsOf(logits_fn, base)
     if reading is not None and reading.whole:
         assert run.num_classes is not None
+        assert isinstance(base, LightningModule)
         return StepLogits(base, reading, run.num_classes)
     if reading is not None and reading.module:
         return base.get_submodule(reading.module)

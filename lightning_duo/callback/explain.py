@@ -172,11 +172,11 @@ def _subset(some: Tensor, all_rows: Tensor) -> Tensor | None:
     some, all_rows = some.detach().to(all_rows.dtype), all_rows.detach()
     if not bool((all_rows == some[0]).all(dim=1).any()):
         return None
-    both = torch.cat([all_rows, some]).unique(dim=0, return_inverse=True)[1]
+    both = torch.unique(torch.cat([all_rows, some]), dim=0, return_inverse=True)[1]
     ids, wanted = both[: len(all_rows)], both[len(all_rows) :]
     place = ids.new_full((int(both.max()) + 1,), -1)
     place[ids] = torch.arange(len(ids), device=ids.device)
-    if len(ids.unique()) != len(ids):
+    if len(torch.unique(ids)) != len(ids):
         return None
     rows = place[wanted]
     return None if bool((rows < 0).any()) else rows
@@ -219,7 +219,7 @@ def piece_of(
     best: tuple[int, Piece, Task] | None = None
     for path, leaf in leaves(taken.batch):
         for spread in ("", "repeat", "interleave"):
-            found = fitted(leaf, logits, task, spread)  # type: ignore[arg-type]
+            found = fitted(leaf, logits, task, spread)
             if found is None:
                 continue
             rank = 0 if _shares(leaf, y) else 1 if not spread else 2
@@ -228,7 +228,7 @@ def piece_of(
             piece = _if_equal(y, rows, found, task, taken)
             if piece is not None:
                 made, its_task = piece
-                piece_here = Piece(path, spread, made.offset, made.mask)  # type: ignore[arg-type]
+                piece_here = Piece(path, spread, made.offset, made.mask)
                 best = (rank, piece_here, its_task)
     if best is None:
         return Piece(None), task
@@ -279,7 +279,7 @@ def _if_equal(
     mask = _mask_of(rows, left_out, taken)
     if mask is not None:
         return Piece((), offset=offset, mask=mask), task
-    ignored = flat[left_out].unique()
+    ignored = torch.unique(flat[left_out])
     if (
         offset
         or not isinstance(task, Classes)
@@ -335,7 +335,8 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
     ]
     if len(constants) == len(losses) > 1 and len({float(c) for c in constants}) > 1:
         raise ValueError(
-            f"the step makes its targets itself, all alike (a discriminator?); {SUPPORTED}; {REMEDY}"
+            f"the step makes its targets itself, all alike (a discriminator?); {SUPPORTED}; "
+            f"{REMEDY}"
         )
 
 

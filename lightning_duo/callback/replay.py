@@ -8,7 +8,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_duo.base import Call
 from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.watch import Loss, LossMode
 from lightning_duo.isolation import unnoticed
@@ -77,6 +76,8 @@ class StepDuo(DuoModule):
     @override
     def member_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         base = self.base_logits(*args, **kwargs)
-        call = self.base.reading.call_of(Call(args, kwargs).args[0])
+        assert isinstance(self.base, StepLogits)
+        (batch,) = (*args, *kwargs.values())
+        call = self.base.reading.call_of(batch)
         sidekick = self.sidekick_logits(*call.args, **call.kwargs)
         return base.float(), sidekick.float().reshape(base.shape)

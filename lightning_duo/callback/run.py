@@ -14,6 +14,7 @@ from lightning_duo.base import Call
 from lightning_duo.callback.agreement import agree
 from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.inputs import first_input
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.reading import Example, Reading
@@ -174,13 +175,13 @@ class Run:
             fresh=fresh,
         )
 
-    def ready_sidekick(self, trainer: Trainer, outputs: int, call: Call) -> Sidekick:
+    def ready_sidekick(self, trainer: Trainer, outputs: int, example: Example) -> Sidekick:
         """The sidekick, built if it was not, on the base's device and in the Trainer's precision.
 
         Args:
             trainer: The user's.
             outputs: How many outputs its head needs: K, or the number of labels.
-            call: What it will be called with.
+            example: A call of the base that it is to be called like.
 
         Raises:
             ValueError: If it is for another number of outputs.
@@ -192,7 +193,16 @@ class Run:
             )
         with torch.inference_mode(False):
             if self.sidekick is None:
-                self.sidekick = Sidekick.build(self.options, outputs, self.base, self.messages)
+                inputs, logits = first_input(example.call), example.logits
+                images = isinstance(inputs, Tensor) and inputs.ndim == 4
+                self.sidekick = Sidekick.build(
+                    self.options,
+                    outputs,
+                    self.base,
+                    self.messages,
+                    in_chans=inputs.shape[1] if images else 3,
+                    per_token=logits is not None and logits.ndim == 3,
+                )
             trainer.precision_plugin.convert_module(self.sidekick.model).to(self.base.device)
         return self.sidekick
 
@@ -247,7 +257,7 @@ class Run:
 
         def loss_of(model: nn.Module, example: Example) -> Tensor:
             assert self.sidekick is not None
-            output = run_sidekick(model, self.sidekick.call(self.base, example.call))
+            output = run_sidekick(model, self.sidekick.call(example.call))
             logits = sidekick_logits(output, example.logits, reading.logits_at, task)
             self.sidekick.look(logits, task)
             given = self.with_member(task)
@@ -280,8 +290,8 @@ class Run:
         if outputs is None or example.logits is not None:
             assert example.logits is not None
             outputs = reading.task.outputs(example.logits)
-        sidekick = self.ready_sidekick(trainer, outputs, example.call)
-        sidekick.initialize(self.base, example.call)
+        sidekick = self.ready_sidekick(trainer, outputs, example)
+        sidekick.initialize(self.base.device, example.call)
         self.training = Training(
             sidekick, self.options, trainer, self.messages, self.resume, **plan
         )

@@ -1,7 +1,6 @@
 """The sidekick of a run: its model, what it sees, and what keeps a model from being one."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,63 +8,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
 from lightning_duo.base import Call, logits_in, logits_like
 from lightning_duo.batch import describe
+from lightning_duo.callback.inputs import Calling
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.isolation import evaluating, own_stream
 from lightning_duo.nested import Path, leaves, mapped
 from lightning_duo.tasks import Classes, Labels, Task
-from lightning_duo.zoo import build_sidekick, data_config
-
-
-def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Module | None:
-    """What turns the base's inputs into the sidekick's, as far as their data configs tell.
-
-    Resizes if the sidekick takes one size only; re-normalises if both models state a mean and
-    standard deviation and these differ.
-
-    Args:
-        sidekick: The sidekick's model.
-        base: The base; a timm model inside it states its data config.
-        inputs: A batch of the base's inputs, (N, C, H, W) if they are images.
-
-    Returns:
-        A transform on the batch, or None if the sidekick can take it as it is.
-    """
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-        return None
-    from torchvision.transforms import v2
-
-    steps: list[nn.Module] = []
-    config, size = data_config(sidekick), _only_size(sidekick)
-    if size is not None and size != list(inputs.shape[-2:]):
-        steps.append(v2.Resize(size, antialias=True))
-    stated = [found for part in base.modules() if (found := data_config(part))]
-    channels = inputs.shape[1]
-    means = [found.get("mean") or () for found in (*stated, config)]
-    if len(stated) == 1 and all(len(mean) == channels for mean in means):
-        mean_base, std_base = (torch.tensor(stated[0][key]) for key in ("mean", "std"))
-        mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
-        if not (torch.allclose(mean_base, mean) and torch.allclose(std_base, std)):
-            # x * std_base + mean_base are the pixels the base's normalisation came from.
-            steps.append(
-                v2.Normalize(((mean - mean_base) / std_base).tolist(), (std / std_base).tolist())
-            )
-    if not steps:
-        return None
-    return nn.Sequential(*steps)
-
-
-def _only_size(sidekick: nn.Module) -> list[int] | None:
-    """Height and width of images, if the model takes no other, as vision transformers state."""
-    config = data_config(sidekick)
-    size = getattr(sidekick, "image_size", None)  # torchvision's
-    if config.get("fixed_input_size"):
-        size = config["input_size"][-2:]
-    return None if size is None else [size, size] if isinstance(size, int) else list(size)
+from lightning_duo.text import check_tokens
+from lightning_duo.zoo import build_sidekick
 
 
 def copies(*models: nn.Module) -> tuple[nn.Module, ...]:
@@ -163,23 +116,33 @@ class Sidekick:
     Args:
         model: The model, this run's alone.
         num_classes: K.
+        base: The base.
         options: The user's.
         messages: Where to say what its inputs go through.
+        in_chans: Channels of the images that a named model was made for.
+        per_token: Whether a named model was made to classify every token.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, options: Options, messages: Messages
+        self,
+        model: nn.Module,
+        num_classes: int,
+        base: nn.Module,
+        options: Options,
+        messages: Messages,
+        *,
+        in_chans: int = 3,
+        per_token: bool = False,
     ) -> None:
-        self.model, self.num_classes, self.messages = model, num_classes, messages
+        self.model, self.num_classes = model, num_classes
+        self.in_chans, self.per_token = in_chans, per_token
         self.gives_probabilities = False
         """Of labels, where the base does too; known from the first outputs."""
         self._looked = False
         given = options.sidekick_transform
         if isinstance(given, nn.Module):
             (given,) = copies(given)  # it may keep statistics, which are this run's
-        # Whether images are resized first -> what the inputs go through; known when first needed.
-        self._transforms: dict[bool, Callable[[Any], Any] | None]
-        self._transforms = {} if given is None else {False: given, True: given}
+        self.calling = Calling(model, base, given, messages)
 
     @classmethod
     def build(
@@ -189,6 +152,8 @@ class Sidekick:
         base: nn.Module,
         messages: Messages,
         *,
+        in_chans: int = 3,
+        per_token: bool = False,
         restored: bool = False,
     ) -> "Sidekick":
         """Make the model; the global random streams do not notice.
@@ -200,10 +165,13 @@ class Sidekick:
             num_classes: K.
             base: The base, whose device it goes to.
             messages: Where to say what was built.
+            in_chans: Channels of the images that a named model is to take.
+            per_token: Whether a named text model is to classify every token.
             restored: Whether weights of a checkpoint follow, so that none are fetched.
 
         Raises:
             MisconfigurationException: If it cannot be a sidekick, or be copied.
+            ValueError: If it cannot read the base's tokens.
         """
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         with own_stream(device), torch.inference_mode(False), torch.enable_grad():
@@ -212,6 +180,8 @@ class Sidekick:
                 num_classes,
                 pretrained=options.pretrained and not restored,
                 weights=None if restored else options.weights,
+                in_chans=in_chans,
+                per_token=per_token,
             )
             if not isinstance(options.sidekick, str):
                 model = _own_copy(model, base, given=model is options.sidekick)
@@ -221,16 +191,26 @@ class Sidekick:
                 f"sidekick {options.sidekick_name!r} has {num_classes} classes, as the base's "
                 "logits do"
             )
-        return cls(model, num_classes, options, messages)
+        for problem in check_tokens(base, model):
+            messages.warn(problem)
+        return cls(
+            model,
+            num_classes,
+            base,
+            options,
+            messages,
+            in_chans=in_chans,
+            per_token=per_token,
+        )
 
-    def call(self, base: nn.Module, call: Call) -> Call:
+    def call(self, call: Call) -> Call:
         """What the sidekick is called with; no gradient flows back into it.
 
-        The transform is given the first argument; others are passed on as they are.
+        The transform is given the first argument; others are passed on as they are. Arguments that
+        the base can do without and the sidekick's forward does not take are left out.
         """
-        call = mapped(call, Tensor.detach)
-        transform = self._transform_of(base, first_input(call))
-        return call if transform is None else with_first(call, transform)
+        detached: Call = mapped(call, Tensor.detach)
+        return self.calling.of(detached)
 
     def look(self, logits: Tensor, task: Task) -> None:
         """Look at the first outputs: are they logits?
@@ -246,69 +226,15 @@ class Sidekick:
             with torch.no_grad():
                 self.gives_probabilities = bool(((logits >= 0) & (logits <= 1)).all())
 
-    def _transform_of(self, base: nn.Module, inputs: Any) -> Callable[[Any], Any] | None:
-        resized = self._must_resize(inputs)
-        if resized not in self._transforms:
-            found = self._transforms[resized] = input_transform(self.model, base, inputs)
-            if found is not None:
-                self.messages.info(f"the sidekick sees the base's inputs through {found}")
-        return self._transforms[resized]
-
-    def _must_resize(self, inputs: Any) -> bool:
-        """Whether these are images of another size than the only one that the model takes."""
-        images = isinstance(inputs, Tensor) and inputs.ndim == 4
-        size = _only_size(self.model) if images else None
-        return size is not None and list(inputs.shape[-2:]) != size
-
-    def initialize(self, base: nn.Module, call: Call) -> None:
+    def initialize(self, device: torch.device, call: Call) -> None:
         """Let layers that take their shapes from the first batch have them."""
         if any(is_lazy(parameter) for parameter in self.model.parameters()):
-            device = next((p.device for p in base.parameters()), torch.device("cpu"))
             with own_stream(device), evaluating(self.model):
-                run_sidekick(self.model, self.call(base, call))
+                run_sidekick(self.model, self.call(call))
 
     def deployable(self) -> nn.Module:
-        """The model, behind its transform if it has one."""
-        # One that resizes does for images of both kinds.
-        transform = self._transforms.get(True, self._transforms.get(False))
-        if transform is None:
-            return self.model
-        first = transform if isinstance(transform, nn.Module) else _Callable(transform)
-        return Transformed(first, self.model)
-
-
-class Transformed(nn.Sequential):
-    """A transform of the first argument of a call, and the model that is called with the result."""
-
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        transform, model = self
-        return with_first(Call(args, kwargs), transform).of(model)
-
-
-class _Callable(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    @override
-    def forward(self, x: Any) -> Any:
-        return self.function(x)
-
-
-def first_input(call: Call) -> Any:
-    """The first argument of a call; None if it has none."""
-    return next(iter((*call.args, *call.kwargs.values())), None)
-
-
-def with_first(call: Call, change: Callable[[Any], Any]) -> Call:
-    """A call with another first argument."""
-    if call.args:
-        return Call((change(call.args[0]), *call.args[1:]), call.kwargs)
-    changed = {name: change(value) for name, value in list(call.kwargs.items())[:1]}
-    return Call((), {**call.kwargs, **changed})
+        """The model, behind what makes the base's call its own."""
+        return self.calling.deployable()
 
 
 def run_sidekick(model: nn.Module, call: Call) -> Any:

@@ -138,11 +138,11 @@ class Stage(ABC):
         task = reading.task
         rows = task.rows(base, example.targets, "base")
         check_no_softmax(run.messages, rows, task)
-        sidekick = run.ready_sidekick(self.trainer, task.outputs(base), example.call)
+        sidekick = run.ready_sidekick(self.trainer, task.outputs(base), example)
         # A transform may have modes too.
         context = self.trainer.precision_plugin.val_step_context
         with evaluating(sidekick.deployable()), context():
-            output = run_sidekick(sidekick.model, sidekick.call(self.module, example.call))
+            output = run_sidekick(sidekick.model, sidekick.call(example.call))
         logits = sidekick_logits(output, base, reading.logits_at, task)
         sidekick.look(logits, task)
         theirs = run.with_member(task).rows(logits, example.targets, "sidekick")

@@ -1,4 +1,4 @@
-"""Seeing what a step does: which losses it computes of what, and which modules it calls with what."""
+"""Seeing what a step does: the losses it computes, and the modules it calls, with what."""
 
 import inspect
 from collections import deque
@@ -184,7 +184,7 @@ class Watch:
             self._inside.clear()
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
-        inside = ()  # a compiled module's parts are not called one by one
+        inside: tuple[str, ...] = ()  # a compiled module's parts are not called one by one
         for name, part in self.module.named_modules():
             if inside and name.startswith(inside):
                 continue
@@ -224,11 +224,11 @@ class Watch:
 
     def _pause(self, *_: Any) -> None:
         if self._mode is not None:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _go_on(self, *_: Any) -> None:
         if self._mode is not None:
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _note(self, called: Called) -> None:
         calls = self.seen.calls

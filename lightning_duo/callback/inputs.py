@@ -1,0 +1,207 @@
+"""What the sidekick sees of the base's call: resized, re-normalised, without what it cannot take."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_duo.base import Call
+from lightning_duo.callback.messages import Messages
+from lightning_duo.text import call_fitting
+from lightning_duo.zoo import data_config
+
+
+def input_transform(sidekick: nn.Module, base: nn.Module, inputs: Any) -> nn.Module | None:
+    """What turns the base's inputs into the sidekick's, as far as their data configs tell.
+
+    Resizes if the sidekick takes one size only; re-normalises if both models state a mean and
+    standard deviation and these differ.
+
+    Args:
+        sidekick: The sidekick's model.
+        base: The base; a timm model inside it states its data config.
+        inputs: A batch of the base's inputs, (N, C, H, W) if they are images.
+
+    Returns:
+        A transform on the batch, or None if the sidekick can take it as it is.
+    """
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+        return None
+    from torchvision.transforms import v2
+
+    steps: list[nn.Module] = []
+    config, size = data_config(sidekick), _only_size(sidekick)
+    if size is not None and size != list(inputs.shape[-2:]):
+        steps.append(v2.Resize(size, antialias=True))
+    stated = [found for part in base.modules() if (found := data_config(part))]
+    channels = inputs.shape[1]
+    means = [found.get("mean") or () for found in (*stated, config)]
+    if len(stated) == 1 and all(len(mean) == channels for mean in means):
+        mean_base, std_base = (torch.tensor(stated[0][key]) for key in ("mean", "std"))
+        mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
+        if not (torch.allclose(mean_base, mean) and torch.allclose(std_base, std)):
+            # x * std_base + mean_base are the pixels the base's normalisation came from.
+            steps.append(
+                v2.Normalize(((mean - mean_base) / std_base).tolist(), (std / std_base).tolist())
+            )
+    if not steps:
+        return None
+    return nn.Sequential(*steps)
+
+
+def _only_size(sidekick: nn.Module) -> list[int] | None:
+    """Height and width of images, if the model takes no other, as vision transformers state."""
+    config = data_config(sidekick)
+    size = getattr(sidekick, "image_size", None)  # torchvision's
+    if config.get("fixed_input_size"):
+        size = config["input_size"][-2:]
+    return None if size is None else [size, size] if isinstance(size, int) else list(size)
+
+
+class Calling:
+    """How the sidekick is called where the base was called.
+
+    Args:
+        model: The sidekick's model.
+        base: The base.
+        given: The user's transform of the first argument, or None.
+        messages: Where to say what the inputs go through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: nn.Module,
+        given: Callable[[Any], Any] | None,
+        messages: Messages,
+    ) -> None:
+        self.model, self.base, self.messages = model, base, messages
+        # Whether images are resized first -> what the inputs go through; known when first needed.
+        self._transforms: dict[bool, Callable[[Any], Any] | None]
+        self._transforms = {} if given is None else {False: given, True: given}
+        self._fitting: Fitting | None = None
+
+    def of(self, call: Call, part: nn.Module | None = None) -> Call:
+        """The sidekick's call.
+
+        Args:
+            call: The base's.
+            part: What of the base was called so; by default all of it.
+        """
+        if self._fitting is None:
+            self._fitting = Fitting.of(self.model, call, part or self.base)
+            if self._fitting.dropped:
+                names = ", ".join(self._fitting.dropped)
+                self.messages.info(
+                    f"the sidekick is called without {names}, which it does not take"
+                )
+        transform = self._transform_of(first_input(call))
+        call = call if transform is None else with_first(call, transform)
+        return self._fitting.call(call)
+
+    def _transform_of(self, inputs: Any) -> Callable[[Any], Any] | None:
+        resized = self._must_resize(inputs)
+        if resized not in self._transforms:
+            found = self._transforms[resized] = input_transform(self.model, self.base, inputs)
+            if found is not None:
+                self.messages.info(f"the sidekick sees the base's inputs through {found}")
+        return self._transforms[resized]
+
+    def _must_resize(self, inputs: Any) -> bool:
+        """Whether these are images of another size than the only one that the model takes."""
+        images = isinstance(inputs, Tensor) and inputs.ndim == 4
+        size = _only_size(self.model) if images else None
+        return size is not None and list(inputs.shape[-2:]) != size
+
+    def deployable(self) -> nn.Module:
+        """The model, behind what makes the base's call its own."""
+        model = self.model
+        if self._fitting is not None and self._fitting.changes:
+            model = self._fitting
+        # One that resizes does for images of both kinds.
+        transform = self._transforms.get(True, self._transforms.get(False))
+        if transform is None:
+            return model
+        first = transform if isinstance(transform, nn.Module) else _Callable(transform)
+        return Transformed(first, model)
+
+
+class Fitting(nn.Module):
+    """A model that is called without what it does not take.
+
+    Args:
+        model: The model.
+        dropped: Names of arguments to leave out.
+        alone: Whether the only argument, which the base takes by name, is passed by position.
+    """
+
+    def __init__(self, model: nn.Module, dropped: tuple[str, ...], *, alone: bool) -> None:
+        super().__init__()
+        self.model, self.dropped, self.alone = model, dropped, alone
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Call, base: nn.Module) -> "Fitting":
+        """What a model needs that is called where the base was called.
+
+        Args:
+            model: The sidekick.
+            call: The base's call.
+            base: The base, or the part of it that was called so.
+        """
+        _, kwargs, dropped = call_fitting(model, call.args, call.kwargs, base=base)
+        taken = inspect.signature(model.forward).parameters
+        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        unknown = [name for name in kwargs if name not in taken]
+        alone = not call.args and len(kwargs) == 1 and bool(unknown) and not any_name
+        return cls(model, dropped, alone=alone)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it does anything."""
+        return self.alone or bool(self.dropped)
+
+    def call(self, call: Call) -> Call:
+        """The model's call for one of the base."""
+        kwargs = {name: value for name, value in call.kwargs.items() if name not in self.dropped}
+        return Call(tuple(kwargs.values()), {}) if self.alone else Call(call.args, kwargs)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(Call(args, kwargs)).of(self.model)
+
+
+class Transformed(nn.Sequential):
+    """A transform of the first argument of a call, and the model that is called with the result."""
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        transform, model = self
+        return with_first(Call(args, kwargs), transform).of(model)
+
+
+class _Callable(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    @override
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+def first_input(call: Call) -> Any:
+    """The first argument of a call; None if it has none."""
+    return next(iter((*call.args, *call.kwargs.values())), None)
+
+
+def with_first(call: Call, change: Callable[[Any], Any]) -> Call:
+    """A call with another first argument."""
+    if call.args:
+        return Call((change(call.args[0]), *call.args[1:]), call.kwargs)
+    changed = {name: change(value) for name, value in list(call.kwargs.items())[:1]}
+    return Call((), {**call.kwargs, **changed})
