@@ -63,7 +63,7 @@ def match_of(loss: Loss, seen: Seen, taken: Taken) -> Match | None:
     found: Match | None = None
     for z in _ancestors(loss.logits, seen):
         for called in reversed(seen.calls):
-            match = _in_output(z, loss, called)
+            match = _in_output(z, loss, called, taken)
             if match is None:
                 continue
             if taken.parts_of(called.call) is not None:
@@ -93,30 +93,40 @@ def _ancestors(z: Tensor, seen: Seen) -> Iterator[Tensor]:
 
 def _is_of_features(called: Called, seen: Seen) -> bool:
     """Whether a module was called with what another module with weights has made."""
-    made = {id(leaf) for _, leaf in leaves(called.call)}
-    storages = {leaf.untyped_storage().data_ptr() for _, leaf in leaves(called.call)} - {0}
+    given = {_memory(leaf) for _, leaf in leaves(called.call)}
     for _, leaf in leaves(called.call):
         if leaf.grad_fn is not None:
             return True
     for other in seen.calls:
         if other is called:
-            return False
+            break
+        if not other.weighted:
+            continue
+        inputs = {_memory(x) for _, x in leaves(other.call)}
         for _, leaf in leaves(other.output):
-            if id(leaf) in made or leaf.untyped_storage().data_ptr() in storages:
-                inputs = {x.untyped_storage().data_ptr() for _, x in leaves(other.call)}
-                if leaf.untyped_storage().data_ptr() not in inputs:
-                    return other.depth == 0
+            if _memory(leaf) in given and _memory(leaf) not in inputs:
+                return True
     return False
 
 
-def _in_output(z: Tensor, loss: Loss, called: Called) -> Match | None:
-    for path, leaf in leaves(called.output):
-        if not leaf.is_floating_point() or leaf.ndim == 0 or leaf.numel() < z.numel():
-            continue
-        for suffix, x in _picked(leaf):
-            layout = (_of_classes if loss.kind == "classes" else _of_labels)(z, x)
-            if layout is not None:
-                return Match(called, (*path, *suffix), x, *layout)
+def _memory(tensor: Tensor) -> int:
+    strided = tensor.layout == torch.strided
+    return (tensor.untyped_storage().data_ptr() if strided else 0) or id(tensor)
+
+
+def _in_output(z: Tensor, loss: Loss, called: Called, taken: Taken) -> Match | None:
+    layout_of = _of_classes if loss.kind == "classes" else _of_labels
+    found = [
+        (path, leaf)
+        for path, leaf in leaves(called.output)
+        if leaf.is_floating_point() and leaf.ndim and leaf.numel() >= z.numel()
+    ]
+    for part_of in (None, taken):
+        for path, leaf in found:
+            for suffix, x in _picked(leaf):
+                layout = layout_of(z, x, part_of)
+                if layout is not None:
+                    return Match(called, (*path, *suffix), x, *layout)
     return None
 
 
@@ -134,7 +144,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.detach().to(b.dtype), b.detach())
 
 
-def _of_classes(z: Tensor, x: Tensor) -> tuple[int, Tensor | None] | None:
+def _of_classes(z: Tensor, x: Tensor, taken: Taken | None) -> tuple[int, Tensor | None] | None:
+    """Dimension of the classes, and rows if a batch is given: else all of them are meant."""
     if z.ndim < 2 or x.ndim < 2:
         return None
     classes = z.shape[1]
@@ -145,33 +156,32 @@ def _of_classes(z: Tensor, x: Tensor) -> tuple[int, Tensor | None] | None:
             return named, None
         mine = z.movedim(1, -1).reshape(-1, classes)
         theirs = x.movedim(dim, -1).reshape(-1, classes)
-        if len(mine) == len(theirs):
-            if _same(mine, theirs):
-                return named, None
-        elif x.ndim > 2 or z.ndim == 2:
-            rows = _subset(mine, theirs)
+        if taken is None and len(mine) == len(theirs) and _same(mine, theirs):
+            return named, None
+        if taken is not None and len(mine) < len(theirs):
+            rows = _subset(mine, theirs, taken)
             if rows is not None:
                 return named, rows
     return None
 
 
-def _of_labels(z: Tensor, x: Tensor) -> tuple[int, Tensor | None] | None:
+def _of_labels(z: Tensor, x: Tensor, taken: Taken | None) -> tuple[int, Tensor | None] | None:
     mine, theirs = z.reshape(-1), x.reshape(-1)
-    if len(mine) == len(theirs):
-        if _same(mine, theirs):
-            return 1, None
-        return None
-    rows = _subset(mine[:, None], theirs[:, None]) if len(mine) > 1 else None
+    if taken is None:
+        return (1, None) if len(mine) == len(theirs) and _same(mine, theirs) else None
+    some = len(theirs) > len(mine) > 1
+    rows = _subset(mine[:, None], theirs[:, None], taken) if some else None
     return None if rows is None else (1, rows)
 
 
-def _subset(some: Tensor, all_rows: Tensor) -> Tensor | None:
+def _subset(some: Tensor, all_rows: Tensor, taken: Taken) -> Tensor | None:
     """Positions of some rows among all; None if any is missing or they cannot be told apart."""
-    if not len(some) or len(some) > len(all_rows):
-        return None
     some, all_rows = some.detach().to(all_rows.dtype), all_rows.detach()
-    if not bool((all_rows == some[0]).all(dim=1).any()):
+    if not len(some) or not bool((all_rows == some[0]).all(dim=1).any()):
         return None
+    for mask in _masks(taken, len(all_rows), len(some), all_rows.shape[1]):
+        if torch.equal(all_rows[mask], some):
+            return mask.nonzero().flatten()
     both = torch.unique(torch.cat([all_rows, some]), dim=0, return_inverse=True)[1]
     ids, wanted = both[: len(all_rows)], both[len(all_rows) :]
     place = ids.new_full((int(both.max()) + 1,), -1)
@@ -180,6 +190,19 @@ def _subset(some: Tensor, all_rows: Tensor) -> Tensor | None:
         return None
     rows = place[wanted]
     return None if bool((rows < 0).any()) else rows
+
+
+def _masks(taken: Taken, count: int, wanted: int, classes: int) -> Iterator[Tensor]:
+    """Masks of so many of the places that the batch knows: its own, or where a value is not."""
+    for _, leaf in leaves(taken.batch):
+        if leaf.numel() != count or leaf.is_floating_point():
+            continue
+        flat = leaf.reshape(-1)
+        masks = [flat.bool(), (flat >= 0) & (flat < classes)]
+        if flat.dtype != torch.bool:
+            values = torch.unique(flat)
+            masks += [flat != value for value in (values if len(values) < 300 else ())]
+        yield from (mask for mask in masks if int(mask.sum()) == wanted)
 
 
 def _scaled_in_output(loss: Loss, called: Called) -> Match | None:
@@ -310,7 +333,7 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
         if y is None or not y.numel():
             continue
         inputs = [leaf for _, leaf in leaves(call)]
-        if inputs and all(_shares(leaf, y) for leaf in inputs):
+        if inputs and all(_shares(leaf, y) or _is_next(leaf, y) for leaf in inputs):
             raise ValueError(
                 f"the step's targets are its inputs (a reconstruction, or a language model?); "
                 f"{SUPPORTED}; {REMEDY}"
@@ -340,6 +363,14 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
         )
 
 
+def _is_next(inputs: Tensor, y: Tensor) -> bool:
+    """Whether targets are the inputs that follow, as in a language model."""
+    if inputs.is_floating_point() or inputs.ndim != 2 or inputs.numel() != y.numel():
+        return False
+    rows = y.reshape(inputs.shape)
+    return inputs.shape[1] > 2 and torch.equal(rows[:, :-1].to(inputs.dtype), inputs[:, 1:])
+
+
 def is_constant(y: Tensor) -> bool:
     """Whether all targets are one."""
     return y.numel() > 1 and bool((y == y.flatten()[0]).all())
@@ -349,7 +380,7 @@ def is_constant(y: Tensor) -> bool:
 
 
 def learn(
-    seen: Seen, taken: Taken, base: nn.Module, *, head: str | None
+    seen: Seen, taken: Taken, base: nn.Module, *, head: str | None, training: bool
 ) -> tuple[Reading, list[Example]]:
     """What a step was seen to do with its batch.
 
@@ -358,6 +389,7 @@ def learn(
         taken: Its batch.
         base: The user's module.
         head: The user's choice of several.
+        training: Whether it is a training step, which may mix samples and their targets.
 
     Returns:
         What was learnt, and what it gives for this batch.
@@ -377,7 +409,7 @@ def learn(
     chosen = _chosen(heads, head, seen)
     if chosen[0].match is None:
         return _of_the_step(chosen, seen, taken, base)
-    return _of_a_module(chosen, taken, base)
+    return _of_a_module(chosen, taken, base, training=training)
 
 
 def _distinct(losses: Sequence[Loss]) -> list[Loss]:
@@ -450,69 +482,95 @@ def _options(loss: Loss) -> dict[str, Any]:
     return {k: v.detach() if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
+class _Target(NamedTuple):
+    """The targets of a loss, and where they come from."""
+
+    found: Found
+    match: Match
+    piece: Piece
+    task: Task
+    values: Tensor
+    """One after the other, in the order of the rows of the logits that count."""
+    rows: Tensor | None
+    """Which rows of the logits they are for; None for all."""
+
+
 def _of_a_module(
-    chosen: list[Found], taken: Taken, base: nn.Module
+    chosen: list[Found], taken: Taken, base: nn.Module, *, training: bool
 ) -> tuple[Reading, list[Example]]:
-    found: list[tuple[Found, Piece, Task, Tensor]] = []
-    for one in chosen:
-        loss, match = one
-        assert match is not None
-        task = _task_of(loss, match)
-        if loss.targets is None:
-            y, piece = _only_targets(match.output, task, taken)
-        else:
-            y = _flat(loss)
-            piece, task = piece_of(y, match.rows, match.output, task, taken)
-            if piece.targets is None and loss.targets.is_floating_point() and y.ndim == 1:
-                if isinstance(task, Classes):  # one-hot rows that are in the batch as they are
-                    soft = loss.targets.movedim(1, -1).reshape(-1, loss.targets.shape[1])
-                    piece, task = piece_of(soft, match.rows, match.output, task, taken)
-        found.append((one, piece, task, y))
-    found = [one for one in found if one[1].targets is not None] or found
-    first, _, task, _ = found[0]
-    if isinstance(task, Labels) and len(found) == 1 and found[0][1].targets is None:
-        multi = _one_hot_inside(first, taken)
-        if multi is not None:
-            found = [(first, *multi)]
-            task = multi[1]
-    refuse([one.loss for one, *_ in found], [p for _, p, *_ in found], first.match.called.call)  # type: ignore[union-attr]
-    called = first.match.called  # type: ignore[union-attr]
-    labels = _labels(called.call, [y for *_, y in found], [p for _, p, *_ in found], taken)
+    every = [
+        _target_of(found, found.match, taken, training=training)
+        for found in chosen
+        if found.match is not None
+    ]
+    every = [one for one in every if one.piece.targets is not None] or every
+    first = every[0]
+    called, task = first.match.called, first.task
+    refuse([one.found.loss for one in every], [one.piece for one in every], called.call)
+    labels = _labels(called.call, [one.values for one in every], [o.piece for o in every], taken)
     part = base.get_submodule(called.name) if called.name else base
     reading = Reading(
         called.name,
-        first.match.at,  # type: ignore[union-attr]
+        first.match.at,
         task,
-        tuple(piece for _, piece, *_ in found),
+        tuple(one.piece for one in every),
         labels,
         _positional(part),
         taken.parts_of(called.call),
         constants_of(called.call),
-        options=_options(first.loss),
+        options=_options(first.found.loss),
     )
     examples = []
-    for (loss, match), piece, _, y in found:
-        assert match is not None
-        output = match.output.detach()
-        targets = (
-            piece.read(taken.batch, output, task)
-            if piece.targets is not None
-            else in_places(y, match.rows, output, task)
-        )
-        targets = _without_weightless(loss, targets, task)
-        where = (piece.targets or ())[:1] if len(found) > 1 else ()
+    for one in every:
+        output, piece = one.match.output.detach(), one.piece
+        if piece.targets is None:
+            targets = in_places(one.values, one.rows, output, task)
+        else:
+            targets = piece.read(taken.batch, output, task)
+        where = (piece.targets or ())[:1] if len(every) > 1 else ()
         items = piece.items(taken.batch, output)
-        examples.append(Example(reading.bare(match.called.call), output, targets, where, items))
+        bare = reading.bare(one.match.called.call)
+        examples.append(Example(bare, output, targets, where, items, one.match.called.versions))
     return reading, examples
 
 
-def _without_weightless(loss: Loss, targets: Tensor, task: Task) -> Tensor:
-    weight = loss.options.get("weight")
-    if not isinstance(task, Labels) or not isinstance(weight, Tensor):
-        return targets
-    if weight.numel() != targets.numel() or not bool((weight == 0).any()):
-        return targets
-    return targets.float().masked_fill(weight.reshape(targets.shape) == 0, torch.nan)
+def _target_of(found: Found, match: Match, taken: Taken, *, training: bool) -> _Target:
+    loss, task = found.loss, _task_of(found.loss, match)
+    if loss.targets is None:
+        y, piece = _only_targets(match.output, task, taken)
+        return _Target(found, match, piece, task, y, None)
+    y, rows = _flat(loss), match.rows
+    counts = _counting(loss, len(y))
+    if counts is not None:
+        y, rows = y[counts], counts if rows is None else rows[counts]
+    piece, its_task = piece_of(y, rows, match.output, task, taken)
+    if piece.targets is not None and _is_one_hot(loss, at(taken.batch, piece.targets)) and training:
+        return _Target(found, match, Piece(None), task, y, rows)  # others may be mixed
+    if piece.targets is None and isinstance(task, Labels) and rows is None:
+        inside = _one_hot_inside(loss, match, taken)
+        if inside is not None:
+            piece, its_task, y = inside
+            piece = Piece(None) if training else piece
+    if piece.targets is None and rows is None and isinstance(task, Classes) and y.ndim == 1:
+        if loss.targets.is_floating_point():  # one-hot rows that are in the batch as they are
+            soft = loss.targets.movedim(1, -1).reshape(-1, loss.targets.shape[1])
+            piece, its_task = piece_of(soft, None, match.output, task, taken)
+    return _Target(found, match, piece, its_task, y, rows)
+
+
+def _is_one_hot(loss: Loss, leaf: Tensor) -> bool:
+    """Whether the step has made one-hot targets of the batch's class indices."""
+    y = loss.targets
+    made = y is not None and loss.kind == "classes" and y.is_floating_point() and y.ndim > 1
+    return made and not leaf.is_floating_point()
+
+
+def _counting(loss: Loss, count: int) -> Tensor | None:
+    """Which rows the loss counts, of those that it was given; None for all."""
+    for weight in (loss.counts, loss.options.get("weight") if loss.kind != "classes" else None):
+        if isinstance(weight, Tensor) and weight.numel() == count and bool((weight == 0).any()):
+            return weight.reshape(-1).nonzero().flatten()
+    return None
 
 
 def _only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Piece]:
@@ -535,14 +593,12 @@ def _only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Pie
     return fits[0][1].reshape(-1), Piece(fits[0][0])
 
 
-def _one_hot_inside(found: Found, taken: Taken) -> tuple[Piece, Task, Tensor] | None:
+def _one_hot_inside(loss: Loss, match: Match, taken: Taken) -> tuple[Piece, Task, Tensor] | None:
     """Targets of several classes that the loss has made one-hot; the batch has their indices."""
-    loss, match = found
     y, z = loss.targets, loss.logits
-    if match is None or y is None or y.ndim != 2 or y.shape != z.shape or y.shape[1] < 2:
+    if y is None or y.ndim != 2 or y.shape != z.shape or y.shape[1] < 2:
         return None
-    task = Classes(match.dim)
-    hard = y.argmax(1)
+    task, hard = Classes(match.dim), y.argmax(1)
     piece, _ = piece_of(hard, None, match.output, task, taken)
     return None if piece.targets is None else (piece, task, hard)
 
@@ -613,4 +669,5 @@ def _of_the_step(
     )
     targets = in_places(y, None, z, task)
     items = piece.items(taken.batch, z)
-    return reading, [Example(reading.bare(inputs.call), z, targets, (), items)]
+    bare = reading.bare(inputs.call)
+    return reading, [Example(bare, z, targets, (), items, inputs.versions)]

@@ -1,4 +1,4 @@
-"""What the sidekick sees of the base's call: resized, re-normalised, without what it cannot take."""
+"""What the sidekick sees of the base's call: resized, re-normalised, fitted to what it takes."""
 
 import inspect
 from collections.abc import Callable

@@ -31,6 +31,8 @@ class Example(NamedTuple):
     items: Tensor | None = None
     """Which item of the batch each entry of the first dimension belongs to, for several views of
     one; None where entry i is item i, or it is not known."""
+    versions: Sequence[tuple[Tensor, int]] = ()
+    """How often the tensors of the call had been changed in place when it was made."""
 
     @property
     def is_single(self) -> bool:
@@ -137,7 +139,8 @@ class Reading:
             targets = piece.read(batch, logits, self.task)
             part = (piece.targets or ())[:1] if len(self.pieces) > 1 else ()
             items = piece.items(batch, logits)
-            examples.append(Example(self.bare(called.call), logits.detach(), targets, part, items))
+            bare = self.bare(called.call)
+            examples.append(Example(bare, logits.detach(), targets, part, items, called.versions))
         return examples
 
     def call_of(self, batch: Any) -> Call:

@@ -134,7 +134,8 @@ class Stage(ABC):
     def _both(self, example: Example) -> "Found":
         run, reading = self.run, self.run.learnt[self.kind].reading
         base = example.logits
-        assert reading is not None and base is not None
+        assert reading is not None
+        assert base is not None
         task = reading.task
         rows = task.rows(base, example.targets, "base")
         check_no_softmax(run.messages, rows, task)

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_duo.base import Call
+from lightning_duo.base import Call, logits_in
 from lightning_duo.callback.explain import REMEDY, SUPPORTED, is_constant, learn
 from lightning_duo.callback.guess import Guess, plain_logits
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
-from lightning_duo.callback.reading import Example, Reading, Taken, tensor_at
+from lightning_duo.callback.reading import Example, Reading, Taken
 from lightning_duo.callback.watch import Kind, Watch
 from lightning_duo.isolation import evaluating, same_values, unnoticed
 from lightning_duo.nested import Path, at, leaves
@@ -127,7 +127,7 @@ class Step:
         if not seen.losses or (seen.by_hand and known is not None):
             return self._without_loss(outputs, known)
         try:
-            reading, examples = learn(seen, self.taken, self.module, head=self.options.head)
+            reading, examples = self._learnt()
         except LookupError as error:
             if known is not None and self.stage != "training":
                 return self._without_loss(outputs, known)
@@ -135,6 +135,12 @@ class Step:
         self._refuse_constant(reading, examples)
         self._remember(reading, examples)
         return examples
+
+    def _learnt(self) -> tuple[Reading, list[Example]]:
+        training = self.stage == "training"
+        return learn(
+            self._watch.seen, self.taken, self.module, head=self.options.head, training=training
+        )
 
     def _remember(self, reading: Reading, examples: list[Example]) -> None:
         learnt = self.learnt
@@ -238,7 +244,10 @@ class Step:
         part: nn.Module = self.module
         part = part.get_submodule(reading.module) if reading.module else part
         with evaluating(self.module), unnoticed(self.module):
-            return tensor_at(part(*call.args, **call.kwargs), reading.logits_at).detach()
+            logits = logits_in(call.of(part), reading.logits_at)
+        if logits is None:
+            raise LookupError(f"{reading.name} returns no logits without the labels")
+        return logits.detach()
 
     def _without_labels(self, examples: list[Example]) -> list[Example]:
         """The same with logits that do not know the labels, if those of the step do."""
@@ -280,9 +289,7 @@ class Step:
     def _learn_targets(self, guess: Guess) -> None:
         """Take the targets that the loss was given where they are known to the eye."""
         try:
-            reading, examples = learn(
-                self._watch.seen, self.taken, self.module, head=self.options.head
-            )
+            reading, examples = self._learnt()
         except (LookupError, ValueError, IndexError):
             return
         if len(examples) == 1 and reading.pieces[0].targets is not None:
@@ -320,11 +327,16 @@ class _Snapshot:
 
     def check(self, module: nn.Module, examples: list[Example]) -> None:
         """Raise ValueError if a tensor that the sidekick sees is not what it was."""
-        changed = [t for t, version in self._counted if t._version != version]
-        changed += [t for t, copy in self._copied if not same_values(t, copy)]
-        used = {_memory(leaf) for e in examples for _, leaf in leaves((e.call, e.targets))}
+        changed = [t for e in examples for t, version in e.versions if t._version != version]
+        seen = {id(t) for e in examples for t, _ in e.versions}
+        others = {_memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
+        ours = [(t, v) for t, v in self._counted if id(t) not in seen and _memory(t) in others]
+        changed += [t for t, version in ours if t._version != version]
+        uncounted = [(t, copy) for t, copy in self._copied if _memory(t) in others]
+        moved = {id(t) for t, version in self._counted if t._version != version}
+        changed += [t for t, c in uncounted if id(t) not in moved and not same_values(t, c)]
         for tensor in changed:
-            if _memory(tensor) in used:
+            if True:
                 raise ValueError(
                     f"{type(module).__name__} changed the batch in place (the tensor of shape "
                     f"{tuple(tensor.shape)}), so the sidekick would see other data than the base "

@@ -3,7 +3,7 @@
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_duo.base import Call
+from lightning_duo.nested import leaves
 
 Kind: TypeAlias = Literal["classes", "labels", "probabilities"]
 """What a loss says of its logits: one class of several, labels apart from each other, or labels
@@ -48,6 +49,7 @@ PICKS: dict[Callable[..., Any], int] = {
     torch.scatter: 2,
     F.one_hot: 0,
 }
+PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 RECENT = 64  # calls of modules deep inside others that are remembered
 OUTER = 2  # levels of modules whose calls are all remembered
 
@@ -62,6 +64,9 @@ class Loss(NamedTuple):
     """None for a loss made by hand of which they are not seen."""
     options: dict[str, Any]
     """Its other arguments by name: weight, label_smoothing, ignore_index, ..."""
+    counts: Tensor | None = None
+    """Which of its terms, of those that are not summed up by itself, count: what the step multiplies
+    them with, or picks of them."""
 
 
 class Called(NamedTuple):
@@ -73,6 +78,11 @@ class Called(NamedTuple):
     output: Any
     depth: int
     """Number of modules within whose forward it was made."""
+    versions: list[tuple[Tensor, int]]
+    """How often the tensors of the call had been changed in place, when it began if that was seen,
+    else when it ended."""
+    weighted: bool = True
+    """Whether the module has parameters."""
 
 
 class Seen(NamedTuple):
@@ -92,6 +102,7 @@ class LossMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[Loss] = []
+        self.terms: list[Tensor] = []  # what the losses returned
         self.soft: deque[tuple[Kind | None, Tensor, Tensor]] = deque(maxlen=16)
         self.picked: deque[Tensor] = deque(maxlen=16)
 
@@ -102,18 +113,43 @@ class LossMode(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in LOSSES:
+            if _in_a_metric():
+                return result
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             logits, targets = given.pop("input"), given.pop("target")
             self.note(Loss(LOSSES[func], logits, targets, given))
+            self.terms.append(result)
         elif func in SOFT or func in LOGARITHMS:
             if isinstance(result, Tensor) and args:
                 self.soft.append((SOFT.get(func), args[0], result))
         elif func in PICKS:
             place = PICKS[func]
             self.picked += args[place : place + 1] or list(kwargs.values())[:1]
-        elif func is Tensor.__getitem__ and self.soft and isinstance(args[1], tuple):
-            self.picked += [args[1][-1]]
+        elif func in PRODUCTS and len(args) == 2:
+            self._note_product(*args)
+            self._note_product(*reversed(args))
+        elif func is Tensor.__getitem__:
+            self._note_part(*args)
         return result
+
+    def _note_product(self, one: Any, other: Any) -> None:
+        """Keep what a loss's terms, or the logarithms of probabilities, are multiplied with."""
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or other.requires_grad:
+            return
+        for i, terms in enumerate(self.terms):
+            if one is terms and terms.ndim and other.shape == terms.shape:
+                self.losses[i] = self.losses[i]._replace(counts=other)
+        soft = any(one is found and kind == "classes" for kind, _, found in self.soft)
+        if soft and one.shape == other.shape:
+            self.picked.append(other.abs())
+
+    def _note_part(self, whole: Tensor, part: Any) -> None:
+        """Keep what picks of a loss's terms, or of the logarithms of probabilities."""
+        if isinstance(part, tuple) and self.soft:
+            self.picked += [part[-1]]
+        for i, terms in enumerate(self.terms):
+            if whole is terms and isinstance(part, Tensor) and part.shape == terms.shape:
+                self.losses[i] = self.losses[i]._replace(counts=part)
 
     def note(self, loss: Loss) -> None:
         """Keep a loss."""
@@ -123,12 +159,32 @@ class LossMode(TorchFunctionMode):
         """The losses; where there are none, those that were probably made by hand."""
         if self.losses:
             return self.losses
-        picked = [t for t in self.picked if isinstance(t, Tensor) and t.dtype == torch.int64]
-        return [
-            Loss(kind, x, picked[-1] if picked and kind == "classes" else None, {})
-            for kind, x, _ in reversed(self.soft)
-            if kind is not None and (picked or kind == "labels" or x.requires_grad)
-        ]
+        picked = [t for t in self.picked if isinstance(t, Tensor)]
+        found = []
+        for kind, x, _ in reversed(self.soft):
+            fits = [t for t in picked if kind == "classes" and _fits(t, x)]
+            if kind is not None and (fits or kind == "labels" or x.requires_grad):
+                found.append(Loss(kind, x, fits[-1] if fits else None, {}))
+        return found
+
+
+def _fits(targets: Tensor, logits: Tensor) -> bool:
+    """Whether these may be class indices for logits (N, K, ...), or their probabilities."""
+    if targets.dtype == torch.int64:
+        return logits.ndim > 1 and targets.numel() * logits.shape[1] == logits.numel()
+    return targets.is_floating_point() and targets.shape == logits.shape
+
+
+def _in_a_metric() -> bool:
+    """Whether a metric of torchmetrics computes this, which is no loss of the step."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Metric):
+            return True
+        if frame.f_code.co_name.endswith("_step"):
+            return False
+        frame = frame.f_back
+    return False
 
 
 class Watch:
@@ -154,7 +210,7 @@ class Watch:
         self.module, self.names, self.losses = module, names, losses
         self.seen = Seen([], [], [])
         self._mode: LossMode | None = None
-        self._inside: list[nn.Module | None] = []  # whose forward is going on; None for a step
+        self._open: list[list[tuple[Tensor, int]]] = []  # of the calls that are going on
         self._taken = _take_step(trainer.strategy, f"{stage}_step", self)
 
     def finish(self) -> None:
@@ -166,27 +222,50 @@ class Watch:
         """Around the step itself, of which the last of several evaluations counts."""
         self.seen = Seen([], [], [])
         handles = [h for name, part in self._parts() for h in self._hooked(name, part)]
+        own = self.names is None or "" in self.names
+        with self._own_forward() if own else nullcontext():
+            try:
+                if not self.losses:
+                    yield
+                    return
+                self._mode = LossMode()
+                with self._mode:
+                    yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                if self._mode is not None:
+                    sources = [(result, x) for _, x, result in self._mode.soft]
+                    found, by_hand = self._mode.found(), not self._mode.losses
+                    self.seen = Seen(found, self.seen.calls, sources, by_hand)
+                self._mode = None
+                self._open.clear()
+
+    @contextmanager
+    def _own_forward(self) -> Iterator[None]:
+        """See the forward of the user's module, also where a step calls it by its name."""
+        own, forward = vars(self.module), self.module.forward
+        before = own.get("forward")
+
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            self._enter(self.module, args, kwargs)
+            output = forward(*args, **kwargs)
+            self._leave("", self.module, Call(args, dict(kwargs)), output)
+            return output
+
+        own["forward"] = seen
         try:
-            if not self.losses:
-                yield
-                return
-            self._mode = LossMode()
-            with self._mode:
-                yield
+            yield
         finally:
-            for handle in handles:
-                handle.remove()
-            if self._mode is not None:
-                sources = [(result, x) for _, x, result in self._mode.soft]
-                found, by_hand = self._mode.found(), not self._mode.losses
-                self.seen = Seen(found, self.seen.calls, sources, by_hand)
-            self._mode = None
-            self._inside.clear()
+            if own.get("forward") is seen:
+                del own["forward"]
+                if before is not None:
+                    own["forward"] = before
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         inside: tuple[str, ...] = ()  # a compiled module's parts are not called one by one
         for name, part in self.module.named_modules():
-            if inside and name.startswith(inside):
+            if not name or (inside and name.startswith(inside)):
                 continue
             if type(part).__name__ == "OptimizedModule" or isinstance(part, torch.jit.ScriptModule):
                 inside = (*inside, name + ".")
@@ -196,31 +275,28 @@ class Watch:
                 yield name, part
 
     def _hooked(self, name: str, part: nn.Module) -> list[Any]:
-        compiled = type(part).__name__ == "OptimizedModule"
-        handles = []
-        if self.names is None or self._wrapped(part):
-            handles.append(part.register_forward_pre_hook(self._enter))
-
         def leave(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if handles_enter and self._inside.pop() is None:
-                return  # a step, which DDP reaches through the module's forward
-            depth = sum(one is not None for one in self._inside)
-            self._note(Called(name, Call(args, dict(kwargs)), output, depth))
+            self._leave(name, module, Call(args, dict(kwargs)), output)
 
-        handles_enter = bool(handles)
-        handles.append(part.register_forward_hook(leave, with_kwargs=True))
-        if compiled and self.losses:  # which would be compiled anew for the mode
+        handles = [part.register_forward_hook(leave, with_kwargs=True)]
+        if self.names is None:
+            handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
+        if self.losses and type(part).__name__ == "OptimizedModule":  # else compiled anew
             handles.append(part.register_forward_pre_hook(self._pause))
             handles.append(part.register_forward_hook(self._go_on, always_call=True))
         return handles
 
-    def _wrapped(self, part: nn.Module) -> bool:
-        return part is self.module and self.module.trainer.strategy.model is not part
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._open.append(_versions((args, kwargs)))
 
-    def _enter(self, module: Any, args: Any) -> None:
-        forward = vars(module).get("forward")
-        redirected = getattr(forward, "__qualname__", "").startswith("_ForwardRedirection")
-        self._inside.append(None if redirected else module)
+    def _leave(self, name: str, module: nn.Module, call: Call, output: Any) -> None:
+        versions = self._open.pop() if self._open else _versions(call)
+        weighted = any(True for _ in module.parameters())
+        calls, depth = self.seen.calls, len(self._open)
+        calls.append(Called(name, call, output, depth, versions, weighted))
+        deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]
+        if len(deep) > RECENT:
+            del calls[deep[0]]
 
     def _pause(self, *_: Any) -> None:
         if self._mode is not None:
@@ -230,12 +306,9 @@ class Watch:
         if self._mode is not None:
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def _note(self, called: Called) -> None:
-        calls = self.seen.calls
-        calls.append(called)
-        deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]
-        if len(deep) > RECENT:
-            del calls[deep[0]]
+
+def _versions(call: Any) -> list[tuple[Tensor, int]]:
+    return [(leaf, leaf._version) for _, leaf in leaves(call) if not leaf.is_inference()]
 
 
 def _take_step(strategy: Any, name: str, watch: Watch) -> Callable[[], None]:
