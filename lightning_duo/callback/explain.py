@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lightning_duo.callback.reading import (
     constants_of,
     fitted,
     in_places,
+    tensor_at,
 )
 from lightning_duo.callback.watch import Called, Loss, Seen
 from lightning_duo.nested import Path, at, leaves, path_text
@@ -591,6 +593,22 @@ def _only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Pie
             f"{tuple(logits.shape)}"
         )
     return fits[0][1].reshape(-1), Piece(fits[0][0])
+
+
+def with_targets(reading: Reading, calls: Sequence[Called], taken: Taken) -> Reading:
+    """A reading whose targets the step makes, with the only part of the batch that they can be.
+
+    Raises:
+        LookupError: If there is none, or several.
+    """
+    if all(piece.targets is not None for piece in reading.pieces):
+        return reading
+    mine = [called for called in calls if called.name == reading.module][-1:]
+    for called in mine:
+        logits = tensor_at(called.output, reading.logits_at)
+        _, piece = _only_targets(logits, reading.task, taken)
+        return replace(reading, pieces=(piece,))
+    raise LookupError(f"the step does not call {reading.name}")
 
 
 def _one_hot_inside(loss: Loss, match: Match, taken: Taken) -> tuple[Piece, Task, Tensor] | None:

@@ -82,7 +82,8 @@ class Calling:
         # Whether images are resized first -> what the inputs go through; known when first needed.
         self._transforms: dict[bool, Callable[[Any], Any] | None]
         self._transforms = {} if given is None else {False: given, True: given}
-        self._fitting: Fitting | None = None
+        self._fitting = Fitting(model)
+        self._names: set[frozenset[str]] = set()  # of calls that the sidekick was fitted to
 
     def of(self, call: Call, part: nn.Module | None = None) -> Call:
         """The sidekick's call.
@@ -91,13 +92,11 @@ class Calling:
             call: The base's.
             part: What of the base was called so; by default all of it.
         """
-        if self._fitting is None:
-            self._fitting = Fitting.of(self.model, call, part or self.base)
-            if self._fitting.dropped:
-                names = ", ".join(self._fitting.dropped)
-                self.messages.info(
-                    f"the sidekick is called without {names}, which it does not take"
-                )
+        names = frozenset(call.kwargs)
+        if names not in self._names:
+            self._names.add(names)
+            for name in self._fitting.learn(call, part or self.base):
+                self.messages.info(f"the sidekick is called without {name}, which it does not take")
         transform = self._transform_of(first_input(call))
         call = call if transform is None else with_first(call, transform)
         return self._fitting.call(call)
@@ -119,7 +118,7 @@ class Calling:
     def deployable(self) -> nn.Module:
         """The model, behind what makes the base's call its own."""
         model = self.model
-        if self._fitting is not None and self._fitting.changes:
+        if self._fitting.changes:
             model = self._fitting
         # One that resizes does for images of both kinds.
         transform = self._transforms.get(True, self._transforms.get(False))
@@ -134,29 +133,34 @@ class Fitting(nn.Module):
 
     Args:
         model: The model.
-        dropped: Names of arguments to leave out.
-        alone: Whether the only argument, which the base takes by name, is passed by position.
     """
 
-    def __init__(self, model: nn.Module, dropped: tuple[str, ...], *, alone: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.dropped, self.alone = model, dropped, alone
+        self.model = model
+        self.dropped: set[str] = set()
+        """Names of arguments that are left out."""
+        self.alone = False
+        """Whether the only argument, which the base takes by name, is passed by position."""
 
-    @classmethod
-    def of(cls, model: nn.Module, call: Call, base: nn.Module) -> "Fitting":
-        """What a model needs that is called where the base was called.
+    def learn(self, call: Call, base: nn.Module) -> list[str]:
+        """Find out what the model needs that is called where the base was called.
 
         Args:
-            model: The sidekick.
             call: The base's call.
             base: The base, or the part of it that was called so.
+
+        Returns:
+            Names of arguments that are left out from now on.
         """
-        _, kwargs, dropped = call_fitting(model, call.args, call.kwargs, base=base)
-        taken = inspect.signature(model.forward).parameters
+        _, kwargs, dropped = call_fitting(self.model, call.args, call.kwargs, base=base)
+        taken = inspect.signature(self.model.forward).parameters
         any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-        unknown = [name for name in kwargs if name not in taken]
-        alone = not call.args and len(kwargs) == 1 and bool(unknown) and not any_name
-        return cls(model, dropped, alone=alone)
+        lone = not call.args and len(kwargs) == 1 and not any_name
+        self.alone |= lone and next(iter(kwargs)) not in taken
+        new = [name for name in dropped if name not in self.dropped]
+        self.dropped.update(new)
+        return new
 
     @property
     def changes(self) -> bool:
@@ -166,7 +170,8 @@ class Fitting(nn.Module):
     def call(self, call: Call) -> Call:
         """The model's call for one of the base."""
         kwargs = {name: value for name, value in call.kwargs.items() if name not in self.dropped}
-        return Call(tuple(kwargs.values()), {}) if self.alone else Call(call.args, kwargs)
+        lone = self.alone and not call.args and len(kwargs) == 1
+        return Call(tuple(kwargs.values()), {}) if lone else Call(call.args, kwargs)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_duo.base import Call
 from lightning_duo.callback.watch import Called
@@ -67,7 +67,8 @@ class Piece:
         Raises:
             LookupError: If the batch has no such part, or it does not fit.
         """
-        assert self.targets is not None
+        if self.targets is None:
+            raise LookupError("the step makes its targets itself")
         found = fitted(at(batch, self.targets), logits, task, self.spread)
         if found is None:
             raise LookupError(
@@ -142,6 +143,10 @@ class Reading:
             bare = self.bare(called.call)
             examples.append(Example(bare, logits.detach(), targets, part, items, called.versions))
         return examples
+
+    def part_of(self, base: nn.Module) -> nn.Module:
+        """The module that it names."""
+        return base.get_submodule(self.module) if self.module else base
 
     def call_of(self, batch: Any) -> Call:
         """The call that the step would make of a batch.

@@ -257,7 +257,9 @@ class Run:
 
         def loss_of(model: nn.Module, example: Example) -> Tensor:
             assert self.sidekick is not None
-            output = run_sidekick(model, self.sidekick.call(example.call))
+            output = run_sidekick(
+                model, self.sidekick.call(example.call, reading.part_of(self.base))
+            )
             logits = sidekick_logits(output, example.logits, reading.logits_at, task)
             self.sidekick.look(logits, task)
             given = self.with_member(task)

@@ -203,14 +203,18 @@ class Sidekick:
             per_token=per_token,
         )
 
-    def call(self, call: Call) -> Call:
+    def call(self, call: Call, part: nn.Module | None = None) -> Call:
         """What the sidekick is called with; no gradient flows back into it.
 
         The transform is given the first argument; others are passed on as they are. Arguments that
         the base can do without and the sidekick's forward does not take are left out.
+
+        Args:
+            call: The base's.
+            part: What of the base was called so; by default all of it.
         """
         detached: Call = mapped(call, Tensor.detach)
-        return self.calling.of(detached)
+        return self.calling.of(detached, part)
 
     def look(self, logits: Tensor, task: Task) -> None:
         """Look at the first outputs: are they logits?

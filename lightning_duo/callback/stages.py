@@ -143,7 +143,9 @@ class Stage(ABC):
         # A transform may have modes too.
         context = self.trainer.precision_plugin.val_step_context
         with evaluating(sidekick.deployable()), context():
-            output = run_sidekick(sidekick.model, sidekick.call(example.call))
+            output = run_sidekick(
+                sidekick.model, sidekick.call(example.call, reading.part_of(self.module))
+            )
         logits = sidekick_logits(output, base, reading.logits_at, task)
         sidekick.look(logits, task)
         theirs = run.with_member(task).rows(logits, example.targets, "sidekick")

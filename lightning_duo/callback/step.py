@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_duo.base import Call, logits_in
-from lightning_duo.callback.explain import REMEDY, SUPPORTED, is_constant, learn
+from lightning_duo.callback.explain import REMEDY, SUPPORTED, is_constant, learn, with_targets
 from lightning_duo.callback.guess import Guess, plain_logits
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
@@ -195,7 +195,8 @@ class Step:
             )
         if known is not None:
             try:
-                examples, reading = known.read(calls, batch), known
+                reading = with_targets(known, calls, self.taken)
+                examples = reading.read(calls, batch)
             except LookupError:
                 reading, examples = self._elsewhere(known)
             self._remember(reading, examples)
@@ -241,8 +242,7 @@ class Step:
 
     def _logits_of(self, reading: Reading, call: Call) -> Tensor:
         """What the module that a reading names gives for a call, in eval mode."""
-        part: nn.Module = self.module
-        part = part.get_submodule(reading.module) if reading.module else part
+        part = reading.part_of(self.module)
         with evaluating(self.module), unnoticed(self.module):
             logits = logits_in(call.of(part), reading.logits_at)
         if logits is None:

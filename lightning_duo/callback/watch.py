@@ -65,8 +65,8 @@ class Loss(NamedTuple):
     options: dict[str, Any]
     """Its other arguments by name: weight, label_smoothing, ignore_index, ..."""
     counts: Tensor | None = None
-    """Which of its terms, of those that are not summed up by itself, count: what the step multiplies
-    them with, or picks of them."""
+    """Which of its terms count, if it does not sum them up itself: what the step multiplies them
+    with, or picks of them."""
 
 
 class Called(NamedTuple):
