@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo.evaluation import MEASURES, Predictions
-from lightning_duo.evaluation.measures import Judged
+from lightning_duo.evaluation.measures import Judged, applicable
 
 CHUNK_WEIGHTS = 1 << 18  # multiplicities held at a time; more do not stay in the cache
 
@@ -90,8 +90,13 @@ def bootstrap(
     no resample is sorted. The intervals are for the models as they are: they say how the test
     samples vary, not how training would.
 
+    Where several samples belong to one item, as the pixels of an image do, the items are drawn
+    instead, each with all of its samples: samples of an item are alike, and to draw them one by one
+    would promise too much.
+
     Args:
-        models: Name -> predictions, all of the same N samples in the same order.
+        models: Name -> predictions, all of the same N samples in the same order, with the same
+            ``items``, or all without.
         resamples: Number R of resamples.
         seed: Of the draws.
         metrics: Name -> function of (score (N,), correct (N,)), to measure these instead of the
@@ -103,7 +108,8 @@ def bootstrap(
         The metrics and their values on the resamples.
 
     Raises:
-        ValueError: If there is no model, their targets differ, or ``resamples`` is below 2.
+        ValueError: If there is no model, their targets or items differ, or ``resamples`` is below
+            2.
 
     Example:
         >>> import torch
@@ -122,22 +128,17 @@ def bootstrap(
     """
     if not models or resamples < 2:
         raise ValueError(f"expected models and at least 2 resamples, got {resamples}")
-    targets = next(iter(models.values())).targets
-    for name, predictions in models.items():
-        if not torch.equal(predictions.targets, targets):
-            raise ValueError(
-                f"the targets of {name!r} are not those of {next(iter(models))!r}; a paired "
-                "bootstrap needs all models on the same samples in the same order"
-            )
+    _check_paired(models)
+    judged = {name: Judged.once(predictions) for name, predictions in models.items()}
+    first = next(iter(judged.values()))
     if metrics is None:
-        formulas = {name: measure.of for name, measure in MEASURES.items()}
+        formulas = {name: measure.of for name, measure in applicable(first).items()}
     else:
         formulas = {name: _on_repeats(metric) for name, metric in metrics.items()}
-    judged = {name: Judged.once(predictions) for name, predictions in models.items()}
     parts: dict[str, dict[str, list[Tensor]]] = {m: {f: [] for f in formulas} for m in models}
-    for weights in draws(len(targets), resamples, seed=seed):
+    for weights in _drawn_with_their_item(first, resamples, seed):
         for model, found in judged.items():
-            drawn = found.counted(weights.to(targets.device))
+            drawn = found.counted(weights)
             for metric, formula in formulas.items():
                 parts[model][metric].append(formula(drawn))
     return Bootstrap(
@@ -164,6 +165,34 @@ def draws(samples: int, resamples: int, *, seed: int) -> Iterator[Tensor]:
         drawn = torch.randint(samples, (count, samples), generator=generator)
         weights = torch.zeros(count, samples, dtype=torch.int32)
         yield weights.scatter_add_(1, drawn, torch.ones_like(weights))
+
+
+def _check_paired(models: Mapping[str, Predictions]) -> None:
+    first, *others = models
+    for name in others:
+        if not torch.equal(models[name].targets, models[first].targets):
+            raise ValueError(
+                f"the targets of {name!r} are not those of {first!r}; a paired bootstrap needs all "
+                "models on the same samples in the same order"
+            )
+        mine, its = models[name].items, models[first].items
+        if mine is not its and (mine is None or its is None or not torch.equal(mine, its)):
+            raise ValueError(
+                f"the items of {name!r} are not those of {first!r}; pass the same items= to "
+                "evaluate and Predictions.of for all models, or to none"
+            )
+
+
+def _drawn_with_their_item(judged: Judged, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each sample is drawn, shape (R, N), a few resamples at a time."""
+    samples, items = judged.weights.shape[1], judged.items
+    if items is None:
+        for weights in draws(samples, resamples, seed=seed):
+            yield weights.to(judged.weights.device)
+        return
+    for of_items in draws(int(items.max()) + 1, resamples, seed=seed):
+        for weights in torch.split(of_items, max(1, CHUNK_WEIGHTS // samples)):
+            yield weights.to(items.device)[:, items]
 
 
 def _on_repeats(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:

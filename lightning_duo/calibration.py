@@ -16,9 +16,11 @@ from lightning_duo.logits import Logits, check_logits
 from lightning_duo.module import DuoModule
 from lightning_duo.selective import Threshold, select_threshold
 from lightning_duo.selective.threshold import check_target
+from lightning_duo.tasks import Classes, Task, task_from_state, task_state
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 
 FORMAT = "lightning_duo/calibration/1"
+FORMAT_OF_TASKS = "lightning_duo/calibration/2"  # which versions that know (N, K) alone refuse
 FEW = 100  # samples, below which temperatures and metrics are rough
 
 
@@ -40,6 +42,8 @@ class Calibration:
     """Which predictions to accept; None accepts all."""
     unscaled: tuple[float, float] | None = None
     """NLL of base and sidekick as they are, by which the samples that fitted are recognised."""
+    task: Task = Classes()  # noqa: RUF009 (it is frozen)
+    """What the models' outputs decide, of which rows were made for the fit."""
 
     @property
     def temperatures(self) -> Temperatures:
@@ -55,6 +59,7 @@ class Calibration:
         """The same in types that JSON and checkpoints hold."""
         state = {k: v for k, v in vars(self).items() if k not in ("fit", "threshold")}
         state["unscaled"] = None if self.unscaled is None else list(self.unscaled)
+        state["task"] = task_state(self.task)
         chosen = self.threshold and self.threshold._asdict()
         if chosen:
             chosen["value"] = plain_float(chosen["value"])
@@ -77,6 +82,7 @@ class Calibration:
             fit=fit,
             threshold=threshold,
             unscaled=None if unscaled is None else tuple(unscaled),
+            task=task_from_state(state.get("task")),
             **{name: state[name] for name in names},
         )
 
@@ -103,7 +109,8 @@ class Calibration:
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"a temperatures file is named *.json, got {path}")
-        head = {"format": FORMAT, "temperatures": self.temperatures._asdict()}
+        format = FORMAT if self.task == Classes() else FORMAT_OF_TASKS
+        head = {"format": format, "temperatures": self.temperatures._asdict()}
         state = {**head, **self.state_dict(), "version": __version__}
         text = json.dumps(state, indent=2, allow_nan=False)
         with whole(path) as file:
@@ -122,7 +129,7 @@ class Calibration:
             raise FileNotFoundError(f"there is no file {path}")
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
-            if state["format"] != FORMAT:
+            if state["format"] not in (FORMAT, FORMAT_OF_TASKS):
                 raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
             found = cls.from_state_dict(state)
             if state["temperatures"] != found.temperatures._asdict():
@@ -146,6 +153,8 @@ def calibrate(
     *,
     target_accuracy: float | None = None,
     delta: float | None = None,
+    items: Tensor | None = None,
+    task: Task = Classes(),  # noqa: B008 (it is frozen)
 ) -> Calibration:
     """Fit the temperatures of a duo of two trained models, and choose its threshold.
 
@@ -158,12 +167,16 @@ def calibrate(
         delta: Probability with which the accepted of new data may miss it; see `select_threshold`.
             The temperatures were fitted on the same samples, which its guarantee ignores: two
             numbers cost it little beside hundreds of samples.
+        items: Number of the item that each row belongs to, shape (N,), where rows are pixels of an
+            image, tokens of a sentence or labels of a sample.
+        task: What the models' outputs decide, if the logits are rows that it made.
 
     Returns:
         The calibration; ``calibration.module(base, sidekick)`` is the duo.
 
     Raises:
-        ValueError: If shapes or values do not fit, or the target or ``delta`` is out of range.
+        ValueError: If shapes or values do not fit, the target or ``delta`` is out of range, or
+            ``delta`` is given although several rows belong to one item.
 
     Example:
         >>> import torch
@@ -176,11 +189,16 @@ def calibrate(
     """
     check_request(target_accuracy, delta)
     logits = check_logits(Logits(base_logits, sidekick_logits, targets))
-    return calibrate_checked(logits, target_accuracy, delta)[0]
+    return calibrate_checked(logits, target_accuracy, delta, items=items, task=task)[0]
 
 
 def calibrate_checked(
-    logits: Logits, target_accuracy: float | None, delta: float | None
+    logits: Logits,
+    target_accuracy: float | None,
+    delta: float | None,
+    *,
+    items: Tensor | None = None,
+    task: Task = Classes(),  # noqa: B008 (it is frozen)
 ) -> tuple[Calibration, dict[str, Predictions]]:
     """`calibrate` for logits that `check_logits` has seen; also what all forms say of them."""
     fit = fit_temperatures(*logits)
@@ -202,8 +220,9 @@ def calibrate_checked(
             "logits and targets have their rows and classes in the same order",
             stacklevel=3,
         )
-    predictions = evaluate(*logits, fit)
-    return choose_threshold(fit, predictions, target_accuracy, delta), predictions
+    predictions = evaluate(*logits, fit, items=items)
+    chosen = choose_threshold(fit, predictions, target_accuracy, delta, task=task)
+    return chosen, predictions
 
 
 def choose_threshold(
@@ -211,6 +230,8 @@ def choose_threshold(
     predictions: dict[str, Predictions],
     target_accuracy: float | None,
     delta: float | None,
+    *,
+    task: Task = Classes(),  # noqa: B008 (it is frozen)
 ) -> Calibration:
     """The fit with the threshold for a target accuracy, if there is one.
 
@@ -219,12 +240,21 @@ def choose_threshold(
         predictions: What all forms say with them of the samples that choose; see `evaluate`.
         target_accuracy: As in `calibrate`.
         delta: As in `calibrate`.
+        task: What the models' outputs decide.
+
+    Raises:
+        ValueError: If ``delta`` is given although several rows belong to one item.
 
     Warns:
         UserWarning: If no threshold reaches the target, so that nothing is accepted.
     """
     chosen, duo = None, predictions["duo"]
     if target_accuracy is not None:
+        if delta is not None and duo.several_of_an_item() is not None:
+            raise ValueError(
+                "a guarantee needs independent decisions, but several rows belong to one item; "
+                "pass one row for each item, or leave delta out"
+            )
         chosen = select_threshold(duo.confidence, duo.correct, target_accuracy, delta=delta)
     return Calibration(
         fit,
@@ -234,6 +264,7 @@ def choose_threshold(
         delta,
         chosen,
         _unscaled(predictions),
+        task,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_duo import selective
 from lightning_duo.bootstrap import Bootstrap, bootstrap, draws
-from lightning_duo.evaluation import MEASURES, Predictions, measure
+from lightning_duo.evaluation import Predictions, measure
 
 MODULE = sys.modules[bootstrap.__module__]
 
@@ -40,6 +40,10 @@ def resampled(predictions: Predictions, rows: Tensor) -> Predictions:
     return replace(predictions, **columns)
 
 
+def in_items(predictions: Predictions, items: Tensor) -> Predictions:
+    return replace(predictions, items=items)
+
+
 def check_replicates(found: Bootstrap, models: dict[str, Predictions], seed: int) -> None:
     """Every replicate of every metric is `measure` of the samples that were drawn."""
     samples = len(next(iter(models.values())).targets)
@@ -48,7 +52,7 @@ def check_replicates(found: Bootstrap, models: dict[str, Predictions], seed: int
     assert len(drawn) == replicates
     for name, predictions in models.items():
         assert found.estimates[name] == pytest.approx(measure(predictions), nan_ok=True)
-        assert set(found.resampled[name]) == set(MEASURES)
+        assert set(found.resampled[name]) == set(measure(predictions))
         for index, weights in enumerate(drawn):
             assert int(weights.sum()) == samples
             rows = torch.arange(samples).repeat_interleave(weights)
@@ -128,7 +132,7 @@ def test_paired_differences() -> None:
     noise = 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(5)).double()
     like_it = replace(model, nll=model.nll + noise)
     found = bootstrap({"a": model, "same": model, "like it": like_it}, resamples=500)
-    for metric in MEASURES:
+    for metric in measure(model):
         assert found.difference("a", "same", metric) == (0, 0, 0)
     paired = found.difference("like it", "a", "nll")
     assert paired.value == pytest.approx(float(noise.mean()), rel=1e-9)
@@ -215,3 +219,93 @@ def test_intervals_of_the_calibration_error_cover_it() -> None:
         percentile += bool(low <= 0.05 <= high)
     assert covered >= 85
     assert percentile < 70
+
+
+def written_out(predictions: Predictions, items: list[int]) -> Predictions:
+    """All rows of each item in turn; an item that occurs twice is two items."""
+    rows = [(predictions.items == item).nonzero().flatten() for item in items]
+    found = resampled(predictions, torch.cat(rows))
+    numbers = torch.arange(len(items)).repeat_interleave(torch.tensor([len(r) for r in rows]))
+    return in_items(found, numbers)
+
+
+@pytest.mark.parametrize(
+    ("count", "levels", "chunk"), [(60, None, None), (60, 5, 7), (300, 20, 90)]
+)
+def test_replicates_of_items_are_measures_of_the_drawn_items(
+    count: int, levels: int | None, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items of different sizes, whose numbers have gaps and whose rows are not side by side."""
+    items = 7 * (torch.arange(count) ** 2 % 23) - 40
+    models = {
+        "a": in_items(make_predictions(count, levels=levels), items),
+        "b": in_items(make_predictions(count, seed=1, levels=levels), items),
+    }
+    if chunk is not None:
+        monkeypatch.setattr(MODULE, "CHUNK_WEIGHTS", chunk)
+    found = bootstrap(models, resamples=15, seed=3)
+    numbers = items.unique().tolist()
+    drawn = [weights for part in draws(len(numbers), 15, seed=3) for weights in part]
+    for name, predictions in models.items():
+        assert "exact" in found.estimates[name]
+        assert found.estimates[name] == pytest.approx(measure(predictions), nan_ok=True)
+        for index, weights in enumerate(drawn):
+            chosen = [n for n, times in zip(numbers, weights, strict=True) for _ in range(times)]
+            for metric, expected in measure(written_out(predictions, chosen)).items():
+                value = found.resampled[name][metric][index].item()
+                close = pytest.approx(expected, rel=1e-10, abs=1e-12, nan_ok=True)
+                assert value == close, (name, metric, index)
+
+
+def test_items_of_one_row_each_change_nothing() -> None:
+    plain = make_predictions(80)
+    alone = in_items(plain, torch.arange(80).flip(0))
+    first, second = (bootstrap({"a": x}, resamples=30, seed=4) for x in (plain, alone))
+    assert first.estimates == second.estimates
+    for metric, values in first.resampled["a"].items():
+        torch.testing.assert_close(values, second.resampled["a"][metric], rtol=0, atol=0)
+
+
+def test_functions_of_score_and_correct_see_whole_items() -> None:
+    items = torch.arange(80) // 4
+    models = {"a": in_items(make_predictions(80, levels=7), items)}
+    usual = bootstrap(models, resamples=30, seed=4)
+    found = bootstrap(models, resamples=30, seed=4, metrics={"aurc": selective.aurc})
+    torch.testing.assert_close(found.resampled["a"]["aurc"], usual.resampled["a"]["aurc"])
+
+
+def test_intervals_of_rows_that_are_alike_cover_the_truth() -> None:
+    """40 items of 12 rows, some of which are much easier than others: accuracy is 0.7 on average.
+
+    Intervals of items cover it about as often as they say, as do those of NumPy's resamples of the
+    items' shares; intervals of single rows are far too narrow.
+    """
+    covered = of_rows = of_numpy = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        ease = torch.where(torch.rand(40, generator=generator) < 0.5, 0.95, 0.45)
+        right = torch.rand(40, 12, generator=generator) < ease[:, None]
+        nothing = torch.zeros(480, dtype=torch.float64)
+        wrong = (~right).flatten().long()
+        model = Predictions(nothing, nothing, wrong, nothing.long(), nothing, nothing, 2)
+        items = torch.arange(480) // 12
+        found = bootstrap({"a": in_items(model, items)}, resamples=200, seed=seed)
+        _, low, high = found.interval("a", "accuracy")
+        covered += low <= 0.7 <= high
+        _, low, high = bootstrap({"a": model}, resamples=200).interval("a", "accuracy")
+        of_rows += low <= 0.7 <= high
+        shares, rng = right.double().mean(1).numpy(), np.random.default_rng(seed)
+        means = shares[rng.integers(40, size=(200, 40))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        of_numpy += bool(low <= 0.7 <= high)
+    assert covered >= 88
+    assert abs(covered - of_numpy) <= 4
+    assert of_rows < 75
+
+
+def test_unlike_items_are_named() -> None:
+    model, items = make_predictions(10), torch.arange(10) // 2
+    for others in (None, items.flip(0)):
+        models = {"a": in_items(model, items), "b": replace(model, items=others)}
+        with pytest.raises(ValueError, match="items of 'b' are not those of 'a'.*same items="):
+            bootstrap(models, resamples=5)

@@ -1,6 +1,7 @@
 """Base, sidekick and duo, and any forms beside them, measured on the same samples."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from lightning_duo.evaluation.forms import LABELS, Form, check_score, duo_forms, judge
 from lightning_duo.evaluation.measures import measure
-from lightning_duo.evaluation.predictions import Predictions, likeliest
+from lightning_duo.evaluation.predictions import Predictions, check_items, likeliest
 from lightning_duo.temperature import TemperatureFit
 from lightning_duo.temperature.samples import check_samples
 
@@ -33,6 +34,7 @@ def evaluate(
     *,
     score: str = "confidence",
     forms: Mapping[str, Form] | None = None,
+    items: Tensor | None = None,
     **others: Tensor,
 ) -> dict[str, Predictions]:
     """What base, sidekick and duo in every form, and any forms beside them, say of these samples.
@@ -45,14 +47,16 @@ def evaluate(
         score: What ranks the samples: the "confidence", or the "entropy" (negated) of the
             probabilities. ECE is of the confidence in any case.
         forms: Name -> form, to be judged beside those of `duo_forms`.
+        items: Number of the item that each row belongs to, shape (N,), where rows are pixels of an
+            image, tokens of a sentence or labels of a sample. `bootstrap` then draws items.
         others: Logits of further members that these forms name, shape (N, K).
 
     Returns:
         Form -> predictions on the CPU, for `measure`, `bootstrap` and `report.write_report`.
 
     Raises:
-        ValueError: If samples do not fit, as in `fit_temperatures`; as in `judge`; or if a form has
-            the name of one of the seven.
+        ValueError: If samples or items do not fit, as in `fit_temperatures`; as in `judge`; or if a
+            form has the name of one of the seven.
 
     Example:
         >>> import torch
@@ -69,8 +73,9 @@ def evaluate(
     if taken := sorted({"base", "sidekick"} & others.keys()):
         raise ValueError(f"{taken} are given already; choose other names for further members")
     members = {"base": base_logits, "sidekick": sidekick_logits, **others}
+    items = check_items(items, len(targets))
     return {
-        name: judge(form, members, targets, score=score).cpu()
+        name: replace(judge(form, members, targets, score=score), items=items).cpu()
         for name, form in _all_forms(fit, forms).items()
     }
 
@@ -78,8 +83,8 @@ def evaluate(
 class DuoMetrics(Metric):
     """Base, sidekick and duo in every form, and any forms beside them, on the same samples.
 
-    Each form has every metric of `MEASURES`. For ``uq_only`` nll and brier are those of ``duo``:
-    both judge the probabilities, which the two share.
+    Each form has every metric of `MEASURES` that applies. For ``uq_only`` nll and brier are those
+    of ``duo``: both judge the probabilities, which the two share.
 
     Args:
         num_classes: K.
@@ -106,6 +111,7 @@ class DuoMetrics(Metric):
 
     full_state_update = False
     targets: list[Tensor]
+    items: list[Tensor]
 
     def __init__(
         self,
@@ -120,7 +126,7 @@ class DuoMetrics(Metric):
         check_score(score)
         self.num_classes, self.ranked_by = num_classes, score
         self.forms = _all_forms(fit, forms)
-        for name in (*COLUMNS, "targets"):
+        for name in (*COLUMNS, "targets", "items"):
             self.add_state(name, [], dist_reduce_fx="cat")
         self.reset()
 
@@ -133,10 +139,17 @@ class DuoMetrics(Metric):
         for name, dtype in COLUMNS.items():
             getattr(self, name).append(none.to(dtype))
         self.targets.append(none[:, 0].long())
+        self.items.append(none[:, 0].long())
 
     @override
     def update(
-        self, base_logits: Tensor, sidekick_logits: Tensor, targets: Tensor, **others: Tensor
+        self,
+        base_logits: Tensor,
+        sidekick_logits: Tensor,
+        targets: Tensor,
+        *,
+        items: Tensor | None = None,
+        **others: Tensor,
     ) -> None:
         """Add a batch.
 
@@ -145,14 +158,21 @@ class DuoMetrics(Metric):
             sidekick_logits: Logits of the sidekick, shape (B, K).
             targets: True classes, shape (B,), or class probabilities, shape (B, K); see `judge`.
                 Batches may differ in this.
+            items: Number of the item that each row belongs to, shape (B,), an integer dtype, where
+                rows are pixels of an image, tokens of a sentence or labels of a sample. Each item
+                of all batches and processes needs a number of its own. To be given in all batches,
+                or in none; they take 8 bytes a row.
             others: Logits of further members that forms name, shape (B, K).
         """
         members = {"base": base_logits, "sidekick": sidekick_logits, **others}
+        items = check_items(items, len(targets))
         said = [judge(form, members, targets, score=self.ranked_by) for form in self.forms.values()]
         for name, dtype in COLUMNS.items():
             column = torch.stack([getattr(one, name) for one in said], dim=1)
             getattr(self, name).append(column.to(dtype))
         self.targets.append(likeliest(targets))
+        if items is not None:
+            self.items.append(items)
 
     @override
     def compute(self) -> dict[str, dict[str, float]]:
@@ -167,10 +187,17 @@ class DuoMetrics(Metric):
     def _by_form(self) -> dict[str, Predictions]:
         columns = {name: dim_zero_cat(getattr(self, name)) for name in COLUMNS}
         columns["prediction"] = columns["prediction"].long()
+        targets, items = dim_zero_cat(self.targets), dim_zero_cat(self.items)
+        if len(items) not in (0, len(targets)):
+            raise ValueError(
+                f"{len(items)} of {len(targets)} rows came with the number of their item; pass "
+                "items= to every update of DuoMetrics, in all processes, or to none"
+            )
         return {
             name: Predictions(
                 **{column: values[:, i] for column, values in columns.items()},
-                targets=dim_zero_cat(self.targets),
+                targets=targets,
+                items=items if len(items) else None,
                 num_classes=self.num_classes,
                 label=form.label,
                 forwards=form.forwards,

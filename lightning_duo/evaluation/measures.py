@@ -32,6 +32,8 @@ class Judged:
     """The samples by score, surest first."""
     weights: Tensor
     """How often each sample counts, shape (R, N), int32."""
+    items: Tensor | None
+    """Item of each sample, numbered from 0, shape (N,); None where each has one sample."""
 
     @classmethod
     def once(cls, predictions: Predictions) -> "Judged":
@@ -49,7 +51,8 @@ class Judged:
                 f"{confidence.min():g} to {confidence.max():g}"
             )
         weights = torch.ones_like(predictions.targets, dtype=torch.int32)[None]
-        return cls(predictions, ranking.rank(predictions.score, predictions.correct), weights)
+        ranked = ranking.rank(predictions.score, predictions.correct)
+        return cls(predictions, ranked, weights, predictions.several_of_an_item())
 
     def counted(self, weights: Tensor) -> "Judged":
         """The same samples with other weights, shape (R, N); nothing is sorted anew."""
@@ -103,6 +106,8 @@ class Measure:
     """Bootstrap interval. The basic one takes off a bias; it is for measures between 0 and 1."""
     summary: bool = True
     """Whether the table in the terminal, of 80 columns, has it."""
+    needs_items: bool = False
+    """Whether it is left out where no item has several decisions."""
 
     @property
     def arrow(self) -> str:
@@ -146,6 +151,17 @@ def _ece(judged: Judged) -> Tensor:
     gaps = found.confidence.double() - found.correct.double()
     bins = calibration_bins(found.confidence, BINS)
     return judged.sums(gaps, bins, BINS).abs().sum(1) / judged.total
+
+
+def _exact(judged: Judged) -> Tensor:
+    """Of items: each of their rows counts as its share of the item."""
+    assert judged.items is not None
+    right, items = judged.predictions.correct, judged.items
+    all_right = torch.ones(int(items.max()) + 1, device=items.device).index_fill_(
+        0, items[~right], 0.0
+    )
+    share = items.bincount().double().reciprocal()[items]
+    return judged.mean(all_right[items] * share) / judged.mean(share)
 
 
 MEASURES: dict[str, Measure] = {
@@ -223,14 +239,29 @@ MEASURES: dict[str, Measure] = {
         True,
         lambda judged: ranking.most_accepted(judged.counts, ACCURACY_98) / judged.total.double(),
     ),
+    "exact": Measure(
+        "exact",
+        "share of items with every decision right",
+        True,
+        _exact,
+        summary=False,
+        needs_items=True,
+    ),
 }
 HIGHER_IS_BETTER = {name: measure.higher_is_better for name, measure in MEASURES.items()}
 
 
-def measure(predictions: Predictions) -> dict[str, float]:
-    """Every metric of `MEASURES`, as fractions (NLL in nats).
+def applicable(judged: Judged) -> dict[str, Measure]:
+    """The measures of `MEASURES` that the samples have what it takes for."""
+    several = judged.items is not None
+    return {name: found for name, found in MEASURES.items() if several or not found.needs_items}
 
-    ``auroc`` and ``fpr95`` are NaN where all predictions are right, or all wrong.
+
+def measure(predictions: Predictions) -> dict[str, float]:
+    """Every metric of `MEASURES` that applies, as fractions (NLL in nats).
+
+    ``auroc`` and ``fpr95`` are NaN where all predictions are right, or all wrong. ``exact`` is
+    measured only where an item has several rows.
 
     Args:
         predictions: What a model says of some samples.
@@ -245,7 +276,7 @@ def measure(predictions: Predictions) -> dict[str, float]:
         0.5
     """
     judged = Judged.once(predictions)
-    return {name: found.of(judged).item() for name, found in MEASURES.items()}
+    return {name: found.of(judged).item() for name, found in applicable(judged).items()}
 
 
 def measure_accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:

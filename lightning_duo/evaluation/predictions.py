@@ -36,6 +36,20 @@ class Predictions:
     forwards: Mapping[str, float] = field(default_factory=dict)
     """Model -> how often it runs for a sample, as in ``{"base": 1, "sidekick": 1}``; empty if it is
     not known."""
+    items: Tensor | None = None
+    """Number of the item (image, sentence, sample) that each decision belongs to, shape (N,),
+    int64; None where each is one of its own."""
+
+    def several_of_an_item(self) -> Tensor | None:
+        """Items numbered from 0, where any of them has several decisions; else None.
+
+        Returns:
+            The item of each decision, shape (N,), int64.
+        """
+        if self.items is None:
+            return None
+        found, index = torch.unique(self.items, return_inverse=True)
+        return None if len(found) == len(index) else index
 
     @classmethod
     def of(
@@ -48,6 +62,7 @@ class Predictions:
         score: Tensor | None = None,
         label: str = "",
         forwards: Mapping[str, float] | None = None,
+        items: Tensor | None = None,
     ) -> "Predictions":
         """Of the probabilities of any model, from any library.
 
@@ -62,6 +77,8 @@ class Predictions:
             score: What ranks the samples, higher is surer, shape (N,); by default the confidence.
             label: What tables and figures call the model.
             forwards: Model -> how often it runs for a sample, for the cost in a report.
+            items: Number of the item that each row belongs to, shape (N,), an integer dtype, where
+                rows are pixels of an image, tokens of a sentence or labels of a sample.
 
         Returns:
             Predictions for `measure`, `bootstrap` and `report.write_report`.
@@ -76,6 +93,7 @@ class Predictions:
             >>> found.confidence, found.correct
             (tensor([0.9000, 0.6000]), tensor([ True, False]))
         """
+        items = check_items(items, len(targets))
         brier = brier_scores(probs, targets).to(probs.dtype)
         nll = log_losses(probs.double().log(), targets)
         targets = likeliest(targets)
@@ -90,7 +108,7 @@ class Predictions:
                     f"expected {name} of shape ({len(targets)},), got {tuple(column.shape)}"
                 )
         columns = (confidence, score, prediction, targets, nll, brier)
-        return cls(*columns, probs.shape[1], label, forwards or {})
+        return cls(*columns, probs.shape[1], label, forwards or {}, items)
 
     @property
     def correct(self) -> Tensor:
@@ -101,6 +119,23 @@ class Predictions:
         """The same on the CPU."""
         columns: dict[str, Any] = {k: v.cpu() for k, v in vars(self).items() if torch.is_tensor(v)}
         return replace(self, **columns)
+
+
+def check_items(items: Tensor | None, rows: int) -> Tensor | None:
+    """The numbers of the items that so many rows belong to, int64; None if there are none.
+
+    Raises:
+        ValueError: If they are no whole numbers, or not one for each row.
+    """
+    if items is None:
+        return None
+    number = not (items.is_floating_point() or items.is_complex() or items.dtype == torch.bool)
+    if items.shape != (rows,) or not number:
+        raise ValueError(
+            f"items must hold the number of each row's item, an integer dtype and shape ({rows},); "
+            f"got {items.dtype} of shape {tuple(items.shape)}"
+        )
+    return items.long()
 
 
 def likeliest(targets: Tensor) -> Tensor:

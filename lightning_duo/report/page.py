@@ -71,6 +71,7 @@ def write_report(
         raise ValueError(f"a report is named *.html, got {path}")
     check_matplotlib()
     shown, reference = _ordered(predictions)
+    dependent = shown["duo"].several_of_an_item() is not None  # which guarantees nothing
     if resamples is None:
         resamples = max(100, min(1000, WORK // len(shown["duo"].targets)))
     found = bootstrap(shown, resamples=resamples)
@@ -80,6 +81,7 @@ def write_report(
         today=date.today().isoformat(),
         samples=len(shown["duo"].targets),
         resamples=resamples,
+        drawn="items, each with all of its samples" if dependent else "samples",
         names={form: label(shown, form) for form in shown},
         plain="base" if "base" in shown else reference,
         reference=reference,
@@ -87,12 +89,14 @@ def write_report(
         text=lambda metric, form: MEASURES[metric].text(found.estimates[form][metric]),
         fit=calibration.fit,
         threshold_sentence=threshold_sentence(calibration),
-        accepted=_accepted(shown["duo"], calibration.threshold, held_out=held_out),
+        accepted=_accepted(
+            shown["duo"], calibration.threshold, interval=held_out and not dependent
+        ),
         cost=cost,
         costs=_costs(shown, cost),
         count=short_count,
         figures=illustrate(shown),
-        control=_control(shown["duo"], shown[reference], calibration),
+        control=_control(shown["duo"], shown[reference], calibration, guaranteed=not dependent),
         colors=COLORS,
         dark=DARK,
     )
@@ -128,7 +132,8 @@ def _ordered(predictions: Mapping[str, Predictions]) -> tuple[dict[str, Predicti
 def _rows(found: Bootstrap, reference: str) -> list[dict[str, Any]]:
     """The metrics table: each row a metric, its value and interval for every form."""
     rows = []
-    for metric, measure in MEASURES.items():
+    for metric in found.estimates["duo"]:
+        measure = MEASURES[metric]
         change = found.difference("duo", reference, metric)
         sign = 1 if measure.higher_is_better else -1
         better = min(sign * change.low, sign * change.high) > 0
@@ -172,9 +177,13 @@ def _costs(shown: Mapping[str, Predictions], cost: Cost | None) -> list[list[str
 
 
 def _accepted(
-    duo: Predictions, threshold: Threshold | None, *, held_out: bool
+    duo: Predictions, threshold: Threshold | None, *, interval: bool
 ) -> dict[str, str] | None:
-    """What the threshold accepts of these samples, and how much of it is right."""
+    """What the threshold accepts of these samples, and how much of it is right.
+
+    ``interval`` says whether one would be honest: the samples are independent, and others than
+    those that chose the threshold.
+    """
     if threshold is None or not threshold.coverage:
         return None
     from scipy.stats import binomtest
@@ -185,14 +194,19 @@ def _accepted(
     parts = {"value": as_text(threshold.value), "coverage": f"{share:.1f}"}
     if count:
         parts["accuracy"] = f"{100 * right / count:.1f}"
-    if count and held_out:  # the samples that chose the threshold give no honest interval
+    if count and interval:
         low, high = binomtest(right, count).proportion_ci(0.95)
         parts |= {"low": f"{100 * low:.1f}", "high": f"{100 * high:.1f}"}
     return parts
 
 
-def _control(duo: Predictions, reference: Predictions, calibration: Calibration) -> dict[str, Any]:
-    """What the reader's choice of a target accuracy leads to, for every target offered."""
+def _control(
+    duo: Predictions, reference: Predictions, calibration: Calibration, *, guaranteed: bool
+) -> dict[str, Any]:
+    """What the reader's choice of a target accuracy leads to, for every target offered.
+
+    ``guaranteed`` says whether thresholds with a guarantee are offered too.
+    """
     # From a little below the accuracy of accepting everything, in tenths of a percent.
     lowest = min(float(model.correct.double().mean()) for model in (duo, reference)) - 0.05
     step = 1 if lowest >= 0.7 else 5
@@ -206,10 +220,8 @@ def _control(duo: Predictions, reference: Predictions, calibration: Calibration)
         samples = model.confidence, model.correct
         found[f"{name}measured"] = select_thresholds(*samples, targets)
         sure = [target for target in targets if target < 1]  # nothing guarantees 1
-        found[f"{name}guaranteed"] = [
-            *select_thresholds(*samples, sure, delta=delta),
-            NOTHING,
-        ]
+        if guaranteed:
+            found[f"{name}guaranteed"] = [*select_thresholds(*samples, sure, delta=delta), NOTHING]
     start = min(range(len(targets)), key=lambda i: abs(targets[i] - wanted))
     table = {name: [_plain(threshold) for threshold in values] for name, values in found.items()}
     choices = {"targets": targets, **table, "line": CHOSEN}
@@ -220,7 +232,8 @@ def _control(duo: Predictions, reference: Predictions, calibration: Calibration)
         "start": start,
         "target": targets[start],
         "lowest": targets[0],
-        "kind": "measured" if calibration.delta is None else "guaranteed",
+        "guaranteed": guaranteed,
+        "kind": "guaranteed" if guaranteed and calibration.delta is not None else "measured",
         "delta": delta,
         "milestones": [
             {"target": t, **{name: values[targets.index(t)] for name, values in table.items()}}

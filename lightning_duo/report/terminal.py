@@ -36,7 +36,11 @@ def summary_table(
     from rich.markup import escape
     from rich.table import Table
 
-    shown = {name: measure for name, measure in MEASURES.items() if measure.summary}
+    shown = {
+        name: measure
+        for name, measure in MEASURES.items()
+        if measure.summary and all(name in row for row in results.values())
+    }
     others = " and ".join(measure.label for measure in shown.values() if measure.unit != "%")
     cost = "" if balance is None else f"sidekick FLOPs / base FLOPs: {100 * balance:.1f} %; "
     table = Table(

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_duo import fit_temperatures, selective
-from lightning_duo.evaluation import HIGHER_IS_BETTER, DuoMetrics, Predictions, measure
+from lightning_duo.evaluation import DuoMetrics, Predictions, measure
 
 BASE, SIDEKICK, TARGETS = make_logits(300, 5, seed=4, margin=1.5)
 FIT = fit_temperatures(BASE, SIDEKICK, TARGETS)
@@ -73,7 +73,6 @@ def test_duo_metrics_against_other_libraries(options: dict, score_of: Callable) 
             "augrc": float(selective.augrc(score, correct)),
             "sac98": float(selective.coverage_at_accuracy(score, correct, 0.98)),
         }
-        assert set(values) == set(HIGHER_IS_BETTER)
         assert values == pytest.approx(expected, rel=1e-5, abs=1e-6), form
 
 
@@ -95,7 +94,7 @@ def test_predictions_are_what_each_form_says(score: str) -> None:
             5,
         )
         for name, column in vars(expected).items():
-            if name not in ("label", "forwards"):
+            if torch.is_tensor(column):
                 torch.testing.assert_close(
                     getattr(predictions, name), column, rtol=1e-5, atol=1e-6, check_dtype=False
                 )
