@@ -307,5 +307,5 @@ def test_unlike_items_are_named() -> None:
     model, items = make_predictions(10), torch.arange(10) // 2
     for others in (None, items.flip(0)):
         models = {"a": in_items(model, items), "b": replace(model, items=others)}
-        with pytest.raises(ValueError, match="items of 'b' are not those of 'a'.*same items="):
+        with pytest.raises(ValueError, match=r"items of 'b' are not those of 'a'.*same items="):
             bootstrap(models, resamples=5)

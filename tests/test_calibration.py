@@ -13,6 +13,7 @@ from lightning_duo import DuoCallback, fit_temperatures, select_threshold
 from lightning_duo.calibration import Calibration, calibrate
 from lightning_duo.evaluation import evaluate
 from lightning_duo.logits import collect_logits
+from lightning_duo.tasks import Classes, Labels
 
 BASE, SIDEKICK, TARGETS = make_logits(500, 5, seed=3)
 
@@ -140,3 +141,27 @@ def test_a_file_that_was_edited_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"found\.json .*edited.*'base': 9.*DuoModule"):
         Calibration.load(path)
+
+
+@pytest.mark.parametrize("task", [Classes(), Classes(dim=-1, ignore_index=-100), Labels(("base",))])
+def test_the_task_is_kept(task: Classes | Labels, tmp_path: Path) -> None:
+    found = calibrate(BASE, SIDEKICK, TARGETS, task=task)
+    loaded = Calibration.load(found.save(tmp_path / "found.json"))
+    assert found.task == loaded.task == task
+    state = json.loads((tmp_path / "found.json").read_text())
+    # Versions that know no tasks read format 1 alone.
+    assert state["format"] == f"lightning_duo/calibration/{1 if task == Classes() else 2}"
+    del state["task"]
+    assert Calibration.from_state_dict(state).task == Classes()
+
+
+def test_no_guarantee_of_rows_that_depend_on_each_other() -> None:
+    pairs = torch.arange(500) // 2
+    with pytest.raises(ValueError, match=r"independent decisions.*one row for each item.*delta"):
+        calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=0.9, delta=0.1, items=pairs)
+    plain = calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=0.9)
+    assert calibrate(BASE, SIDEKICK, TARGETS, target_accuracy=0.9, items=pairs) == plain  # a remedy
+    one_each = BASE[::2], SIDEKICK[::2], TARGETS[::2]  # the other
+    sure = calibrate(*one_each, target_accuracy=0.9, delta=0.1, items=pairs[::2])
+    assert sure == calibrate(*one_each, target_accuracy=0.9, delta=0.1)
+    assert 0 < sure.threshold.coverage < 1

@@ -336,3 +336,21 @@ def test_no_console_message_and_no_request_but_the_file(browser: Browser, report
     ]
     assert requests == [report.as_uri()]
     assert "Page.loadEventFired" in methods
+
+
+def test_rows_that_depend_on_each_other_are_promised_nothing(tmp_path: Path) -> None:
+    found = calibrate(*LOGITS, target_accuracy=0.95)
+    predictions = evaluate(*LOGITS, found.fit, items=torch.arange(2000) // 4)
+    path = tmp_path / "report.html"
+    write_report(path, predictions, found, data="d", held_out=True, resamples=20)
+    page = path.read_text(encoding="utf-8")
+    text = " ".join(Reader(page).text.split())
+    exact = measure(predictions["duo"])["exact"]
+    assert "share of items with every decision right, %" in text
+    assert f"<span>{MEASURES['exact'].text(exact)}</span>" in page
+    assert "20 resamples of the items, each with all of its samples" in text
+    assert "several samples belong to one item" in text
+    assert 'value="guaranteed"' not in page
+    assert "(95 % interval" not in text
+    (choices,) = re.findall(r'<script type="application/json" id="choices">(.*?)</script>', page)
+    assert {key for key in json.loads(choices) if "guaranteed" in key} == set()
