@@ -16,7 +16,14 @@ from lightning_duo.callback.checkpoint import loaded, state_of
 from lightning_duo.callback.deploy import cost_of, described, duo_of, report_of, show_gain
 from lightning_duo.callback.fitted import BestSidekick
 from lightning_duo.callback.messages import Messages
-from lightning_duo.callback.options import METRICS, MetricNames, OptimizerFn, Options, SchedulerFn
+from lightning_duo.callback.options import (
+    MEMORY,
+    METRICS,
+    MetricNames,
+    OptimizerFn,
+    Options,
+    SchedulerFn,
+)
 from lightning_duo.callback.requirements import (
     check_loaders,
     check_monitors,
@@ -91,6 +98,8 @@ class DuoCallback(Callback):
         delta: Probability with which the accepted of new data may miss it; see `select_threshold`.
         metrics: Which metrics to log: names of `evaluation.MEASURES`, or "all"; `results` holds all
             in any case.
+        fit_memory: Bytes for what a validation or test keeps of the logits, over all processes.
+            Where there are more, as of the pixels of many images, a random sample is kept.
         figures: Whether to send figures (risk-coverage, reliability, confidence) to the loggers at
             the end of every validation and test; needs matplotlib, and a logger that takes figures
             (TensorBoard, or one with ``log_image``).
@@ -129,6 +138,7 @@ class DuoCallback(Callback):
         target_accuracy: float | None = None,
         delta: float | None = None,
         metrics: MetricNames = METRICS,
+        fit_memory: int = MEMORY,
         figures: bool = False,
         summary: bool = True,
         name: str | None = None,
@@ -151,6 +161,7 @@ class DuoCallback(Callback):
             target_accuracy=target_accuracy,
             delta=delta,
             metrics=metrics,
+            fit_memory=fit_memory,
             figures=figures,
             summary=summary,
             name=name,

@@ -23,6 +23,7 @@ OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]
 MetricNames: TypeAlias = Literal["all"] | Sequence[str]
 
+MEMORY = 10**9  # bytes of rows that a validation keeps, over all processes
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc", "sac98")  # logged by default
 FORMS = ("base", "base_scaled", "sidekick", "duo")  # whose metrics are logged
 
@@ -54,6 +55,7 @@ class Options:
     target_accuracy: float | None = None
     delta: float | None = None
     metrics: MetricNames = METRICS
+    fit_memory: int = MEMORY
     figures: bool = False
     summary: bool = True
     name: str | None = None
@@ -85,6 +87,8 @@ class Options:
                     f"{name} must be callable, such as functools.partial(torch.optim.AdamW, "
                     f"lr=1e-4) for the optimizer; got {value!r}"
                 )
+        if self.fit_memory < 1:
+            raise ValueError(f"fit_memory must be a number of bytes, got {self.fit_memory}")
         check_request(self.target_accuracy, self.delta)
         object.__setattr__(self, "metrics", _known_metrics(self.metrics))
         if self.figures:

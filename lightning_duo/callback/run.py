@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_duo.base import Call
-from lightning_duo.callback.agreement import agree
 from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.inputs import first_input
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
+from lightning_duo.callback.processes import agree
 from lightning_duo.callback.reading import Example, Reading
 from lightning_duo.callback.sidekick import Sidekick, run_sidekick, sidekick_logits
 from lightning_duo.callback.step import Learnt, Stage, Step

@@ -15,14 +15,15 @@ from typing_extensions import override
 
 from lightning_duo.base import Call
 from lightning_duo.calibration import choose_threshold
-from lightning_duo.callback.agreement import agree
 from lightning_duo.callback.fingerprint import fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.kept import Sample
 from lightning_duo.callback.log import MetricLog, stage_name, without
 from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.processes import Processes, agree
 from lightning_duo.callback.reading import Example
 from lightning_duo.callback.run import Run
-from lightning_duo.callback.samples import Collected, Processes
+from lightning_duo.callback.samples import Collected, running_loaders
 from lightning_duo.callback.sidekick import run_sidekick, sidekick_logits
 from lightning_duo.callback.step import Stage as StepOf
 from lightning_duo.callback.step import Step
@@ -62,12 +63,11 @@ class Stage(ABC):
     kind: StepOf
     """Which steps it sees."""
 
-    def __init__(
-        self, run: Run, trainer: Trainer, module: LightningModule, loaders: Any, needed: int
-    ) -> None:
+    def __init__(self, run: Run, trainer: Trainer, module: LightningModule, needed: int) -> None:
         self.run, self.trainer, self.module, self.needed = run, trainer, module, needed
         self.processes = Processes(trainer, module)
-        self.collected = Collected(loaders)
+        memory = run.options.fit_memory
+        self.collected = Collected(running_loaders(trainer), self.processes, memory=memory)
         self.log = MetricLog(run, trainer, module, self.name)
         self.step: Step | None = None
         self._seen: set[int] = set()  # loaders of which a batch was seen
@@ -94,7 +94,7 @@ class Stage(ABC):
         self.finish()
         if step is not None:
             with self._leaving_out(loader):
-                for found in self._found(step, outputs):
+                for found in self._found(step, outputs, loader):
                     self.take(found, loader)
 
     @abstractmethod
@@ -123,13 +123,18 @@ class Stage(ABC):
         if self.trainer.world_size > 1:
             agree(self.collected.unusable.get(self.needed))
 
-    def _found(self, step: Step, outputs: Any) -> list["Found"]:
-        """What both models say of a batch, on the CPU."""
+    def _found(self, step: Step, outputs: Any, loader: int) -> list["Found"]:
+        """What both models say of a batch, on the CPU: together for each of its loaders."""
         run, context = self.run, self.trainer.precision_plugin.val_step_context
         with own_stream(self.module.device):
             with context():
                 examples = step.examples(outputs, classes=run.num_classes)
-            return [self._both(example) for example in examples]
+            every = [self._both(example) for example in examples]
+        parts: dict[Path, list[Found]] = {}
+        for found in every:
+            part = found.part if self.collected.has_part(loader, found.part) else ()
+            parts.setdefault(part, []).append(found)
+        return [together(several, part) for part, several in parts.items()]
 
     def _both(self, example: Example) -> "Found":
         run, reading = self.run, self.run.learnt[self.kind].reading
@@ -151,6 +156,8 @@ class Stage(ABC):
         theirs = run.with_member(task).rows(logits, example.targets, "sidekick")
         run.example = one_sample(example.call, len(base)) or run.example
         assert rows.targets is not None
+        if rows.items is not None or example.items is not None:
+            check_independent(run.options.delta)
         items = rows.items
         if example.items is not None:
             items = example.items if items is None else example.items[items]
@@ -161,9 +168,21 @@ class Stage(ABC):
             example.part,
         )
 
+    def _say_what_is_kept(self, loader: int) -> None:
+        seen = self.collected.seen(loader)
+        rows, kept = (self.processes.total(number) for number in seen)
+        if kept < rows:
+            self.run.messages.info(
+                f"{kept:,} of {rows:,} decisions are measured, as many as fit_memory="
+                f"{self.run.options.fit_memory:,} bytes hold; every one had the same chance",
+                once=f"{kept} of {rows}",
+            )
+
     def measurable(self, loaders: int) -> list[int]:
         """Loaders with samples, all of which are usable; others than the needed one may lack."""
         found = []
+        for note in self.collected.notes():
+            self.run.messages.warn(note, once=note)
         stage = {"val": "validation"}.get(self.name, self.name)
         for index in range(loaders):
             why = self.collected.unusable.get(index)
@@ -185,7 +204,7 @@ class Validation(Stage):
 
     def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
         needed = run.options.calibration_loader
-        super().__init__(run, trainer, module, trainer.val_dataloaders, needed)
+        super().__init__(run, trainer, module, needed)
         self._weights: tuple[int | None, ...] = ()
         if run.training is not None:
             run.training.sync_buffers()
@@ -208,7 +227,7 @@ class Validation(Stage):
         """Keep the logits of a batch."""
         if self.trainer.sanity_checking:
             return
-        self.collected.add(found.logits, loader)
+        self.collected.add(found.logits, loader, items=found.items, part=found.part)
         if not self._weights:
             # Here and not at the end: callbacks that average weights swap them for the batches.
             self._weights = self._fingerprints()
@@ -232,6 +251,7 @@ class Validation(Stage):
         classes = processes.num_classes(run.classes)
         measurable = self.measurable(loaders)
         samples = self.collected.of_loaders(loaders, classes)
+        self._say_what_is_kept(self.needed)
         if not run.was_trained and not run.options.knows_the_task:
             run.messages.warn(
                 "the sidekick was not fine-tuned (no fit, no ckpt_path), so its head is random and "
@@ -240,7 +260,7 @@ class Validation(Stage):
         run.fitted, run.predictions, run.results = None, {}, without(run.results, "val")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         try:
-            fit = fit_temperatures(*samples[self.needed], reduce=processes.reduce)
+            fit = fit_temperatures(*samples[self.needed].logits, reduce=processes.reduce)
         except ValueError as error:
             if not fitting:
                 raise
@@ -254,7 +274,9 @@ class Validation(Stage):
             )
             return None
         found = {
-            i: samples[i] for i in measurable if i == self.needed or self._is_usable(i, samples[i])
+            i: samples[i]
+            for i in measurable
+            if i == self.needed or self._is_usable(i, samples[i].logits)
         }
         fitted = self._fitted(fit, found, classes)
         if fitting and run.sidekick is not None:
@@ -284,7 +306,7 @@ class Validation(Stage):
         for name in names:
             self.log.value(name, math.nan)
 
-    def _fitted(self, fit: TemperatureFit, samples: dict[int, Logits], classes: int) -> Fitted:
+    def _fitted(self, fit: TemperatureFit, samples: dict[int, Sample], classes: int) -> Fitted:
         """Take the temperatures, and measure the samples of all loaders with them."""
         run = self.run
         if fit.status == "separable":
@@ -293,9 +315,9 @@ class Validation(Stage):
                 "are best and confidences will be near 1; validate on more samples"
             )
         found = {}
-        for index, logits in samples.items():
+        for index, sample in samples.items():
             metrics = DuoMetrics(classes, fit)
-            metrics.update(*logits)
+            metrics.update(*sample.logits, items=sample.items)
             found[index] = self.processes.predictions(metrics)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -318,7 +340,7 @@ class Test(Stage):
     kind = "test"
 
     def __init__(self, run: Run, trainer: Trainer, module: LightningModule) -> None:
-        super().__init__(run, trainer, module, trainer.test_dataloaders, needed=0)
+        super().__init__(run, trainer, module, needed=0)
         if run.fitted is None:
             raise MisconfigurationException(
                 "DuoCallback cannot test without temperatures: run trainer.fit or trainer.validate "
@@ -336,15 +358,47 @@ class Test(Stage):
     def take(self, found: Found, loader: int) -> None:
         """Measure a batch."""
         check_samples(*found.logits)
-        self.metrics[loader].update(*self.collected.own(found.logits, loader))
+        if found.items is not None:
+            self.collected.add(found.logits, loader, items=found.items, part=found.part)
+        else:
+            own = self.collected.own(found.logits, loader, part=found.part)
+            self.metrics[loader].update(*own.logits)
 
     def report(self) -> None:
         """Measure and log."""
         found = {}
-        for index in self.measurable(len(self.metrics)):
-            if self.processes.total(self.collected.count(index)):
-                found[index] = self.processes.predictions(self.metrics[index])
+        measurable, classes = self.measurable(len(self.metrics)), self.metrics[0].num_classes
+        samples = self.collected.of_loaders(len(self.metrics), classes)
+        for index in measurable:
+            if not self.processes.total(self.collected.count(index)):
+                continue
+            if self.processes.total(self.collected.seen(index).kept):
+                sample = samples[index]
+                self.metrics[index].update(*sample.logits, items=sample.items)
+                self._say_what_is_kept(index)
+            found[index] = self.processes.predictions(self.metrics[index])
         self.log.measure(found, self.threshold)
+
+
+def together(found: list[Found], part: Path) -> Found:
+    """What was found of one loader in several calls of the base."""
+    if len(found) == 1:
+        return found[0]._replace(part=part)
+    columns = zip(*(one.logits for one in found), strict=True)
+    items = [
+        torch.arange(len(one.logits.targets)) if one.items is None else one.items for one in found
+    ]
+    return Found(Logits(*(torch.cat(column) for column in columns)), torch.cat(items), part)
+
+
+def check_independent(delta: float | None) -> None:
+    """Raise ValueError if a guarantee is asked for where several decisions are of one item."""
+    if delta is not None:
+        raise ValueError(
+            f"delta={delta} asks for a guarantee, which needs independent decisions, but several "
+            "are of one item here (pixels of an image, tokens, labels, views); leave delta out, or "
+            "decide once for each item"
+        )
 
 
 def check_no_softmax(messages: Messages, rows: Rows, task: Task) -> None:

@@ -23,10 +23,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from runs import check_duo, fitted, make_duo
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_duo import DuoModule, LogitsOf
-from lightning_duo.callback.samples import own_samples
 
 # ---- loaders ----
 
@@ -181,24 +180,6 @@ def test_the_rest_of_an_epoch_may_be_skipped(tmp_path: Path) -> None:
         beside = {"enable_checkpointing": True, "check_val_every_n_epoch": 2}
         duo, _, trainer = fitted(None, Skips(), keep, **beside)
     assert duo.progress.updates == trainer.global_step == 6
-
-
-def test_only_samplers_that_repeat_are_corrected() -> None:
-    class InBlocks(DistributedSampler):
-        def __iter__(self) -> object:
-            return iter(range(self.rank * self.num_samples, (self.rank + 1) * self.num_samples))
-
-    def own(sampler: object) -> int | None:
-        return own_samples(DataLoader(VAL, 16, sampler=sampler))
-
-    parts = [DistributedSampler(VAL, 3, rank) for rank in range(3)]  # 80 samples: 27 each
-    assert [own(part) for part in parts] == [27, 27, 26]
-    assert own(DistributedSampler(VAL, 3, 2, drop_last=True)) is None
-    assert own(InBlocks(VAL, 3, 2)) is None
-    assert own(None) is None
-    tiny = Subset(VAL, [0, 1])
-    few = [DistributedSampler(tiny, 4, rank) for rank in range(4)]
-    assert [own_samples(DataLoader(tiny, sampler=part)) for part in few] == [1, 1, 0, 0]
 
 
 # ---- what differs between loaders, runs and steps ----

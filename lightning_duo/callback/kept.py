@@ -1,0 +1,165 @@
+"""The rows that are kept of one dataloader: all, or a sample that needs no more memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lightning_duo.logits import Logits
+
+LEVELS = 63  # bits of a key
+
+
+class Sample(NamedTuple):
+    """Rows, and the items that they belong to."""
+
+    logits: Logits
+    """Of base and sidekick (R, K), and targets (R,) int64, or (R, K) where any are
+    probabilities."""
+    items: Tensor | None
+    """Number of each row's item, shape (R,), int64; None where every row is an item of its own."""
+
+
+def row_keys(items: Tensor, places: Tensor, *, loader: int, seed: int) -> Tensor:
+    """A number for every row that looks random and depends on nothing but where the row is from.
+
+    Args:
+        items: Numbers of the rows' items, shape (R,), int64.
+        places: Which row of its item each is, shape (R,), int64.
+        loader: Number of the dataloader.
+        seed: Another seed gives other keys.
+
+    Returns:
+        Evenly spread over 0 .. 2^63 - 1, shape (R,), int64.
+
+    Example:
+        >>> keys = row_keys(torch.arange(1000), torch.zeros(1000).long(), loader=0, seed=0)
+        >>> int((keys < 2**62).sum())
+        525
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014): a step of
+        SplitMix64 for each of the four numbers.
+    """
+    start = torch.tensor([seed], dtype=torch.long)
+    keys = _mixed(_mixed(start) + loader)
+    return _mixed(_mixed(keys + items) + places) & (2**63 - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A step of SplitMix64 on 64-bit integers, whose products and sums wrap around."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A shift to the right that fills with zeros, whatever the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+class _Chunk(NamedTuple):
+    """Rows of a batch."""
+
+    base: Tensor
+    sidekick: Tensor
+    targets: Tensor
+    items: Tensor
+    keys: Tensor
+
+    def where(self, kept: Tensor) -> "_Chunk":
+        return self if bool(kept.all()) else _Chunk(*(column[kept] for column in self))
+
+
+class Kept:
+    """Rows of one dataloader in this process, on the CPU, in the order in which they came.
+
+    At level j a row is kept if its key is among the lowest 1 / 2^j of all keys. So the rows of all
+    processes at one level are the same whichever process saw them, and in whatever batches.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[_Chunk] = []
+        self.level = 0
+        """At 0 all rows are kept."""
+        self.size = 0
+        """Bytes of the kept rows."""
+        self.several = False
+        """Whether items with several rows were among those seen."""
+
+    def add(self, logits: Logits, items: Tensor, keys: Tensor) -> None:
+        """Take the rows of a batch.
+
+        Args:
+            logits: Of base and sidekick (R, K), and targets (R,) or (R, K).
+            items: Numbers of their items, shape (R,).
+            keys: By which rows are kept, from `row_keys`, shape (R,).
+        """
+        chunk = _Chunk(*logits, items, keys).where(self._are_kept(keys))
+        self._chunks.append(_Chunk(*map(_alone, chunk)))
+        self.size += _size(self._chunks[-1])
+
+    def thin(self, level: int) -> None:
+        """Keep only rows of a higher level."""
+        if level > self.level:
+            self.level = level
+            for i, chunk in enumerate(self._chunks):  # one by one, to need no second copy of all
+                self._chunks[i] = _Chunk(*map(_alone, chunk.where(self._are_kept(chunk.keys))))
+            self.size = sum(map(_size, self._chunks))
+
+    def _are_kept(self, keys: Tensor) -> Tensor:
+        # A shift by all 63 bits leaves 0, as if every key were low enough.
+        return keys >> (LEVELS - self.level) == 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows are kept."""
+        return sum(len(chunk.keys) for chunk in self._chunks)
+
+    @property
+    def soft(self) -> bool:
+        """Whether any targets are probabilities."""
+        return any(chunk.targets.is_floating_point() for chunk in self._chunks)
+
+    def sample(self, num_classes: int, *, soft: bool, several: bool) -> Sample:
+        """The rows that are kept.
+
+        Args:
+            num_classes: K.
+            soft: Whether all targets must be probabilities.
+            several: Whether to say which item each row belongs to.
+        """
+        none = torch.zeros(0, num_classes)
+        number = torch.zeros(0, dtype=torch.long)
+        chunks = self._chunks or [_Chunk(none, none, number, number, number)]
+        targets = [chunk.targets for chunk in chunks]
+        if soft:
+            targets = [x if x.is_floating_point() else _one_hot(x, num_classes) for x in targets]
+        base, sidekick, items = (
+            torch.cat([getattr(chunk, name) for chunk in chunks])
+            for name in ("base", "sidekick", "items")
+        )
+        return Sample(Logits(base, sidekick, torch.cat(targets)), items if several else None)
+
+
+def _one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    return one_hot(targets, num_classes).float()
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A tensor that keeps no memory beyond its own."""
+    return (
+        x
+        if x.untyped_storage().nbytes() == x.nbytes
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _size(chunk: _Chunk) -> int:
+    return sum(column.nbytes for column in chunk)
