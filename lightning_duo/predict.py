@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_duo.base import Call
 from lightning_duo.batch import read_inputs
 from lightning_duo.files import whole
 from lightning_duo.module import DuoModule, DuoOutput
 
-Columns = dict[str, Any]  # name -> array (N,) or (N, K)
+Columns = dict[str, Any]  # name -> array whose first dimension is the sample
 
 
 class DuoPredictor(LightningModule):
@@ -25,7 +26,9 @@ class DuoPredictor(LightningModule):
     Args:
         duo: The duo, as from ``callback.module`` or `DuoModule.load`.
         inputs_fn: ``batch -> inputs``, for batches that are neither a tensor, a tuple that starts
-            with the inputs, nor a mapping with usual keys.
+            with the inputs, nor a mapping with usual keys. If the duo takes several arguments, it
+            returns a call: ``lambda batch: Call((batch["ids"],), {"mask": batch["mask"]})`` for
+            ``duo(ids, mask=mask)``; `Call` is in `lightning_duo.base`.
 
     Example:
         >>> import torch
@@ -43,8 +46,8 @@ class DuoPredictor(LightningModule):
         self.duo, self.inputs_fn = duo, inputs_fn
 
     @override
-    def forward(self, x: Any) -> DuoOutput:
-        output: DuoOutput = self.duo(x)
+    def forward(self, *args: Any, **kwargs: Any) -> DuoOutput:
+        output: DuoOutput = self.duo(*args, **kwargs)
         return output
 
     @override
@@ -54,25 +57,31 @@ class DuoPredictor(LightningModule):
         Raises:
             ValueError: If its inputs cannot be found.
         """
-        return self.forward(self.inputs_fn(batch))
+        output: DuoOutput = Call.with_input(self.inputs_fn(batch)).of(self.forward)
+        return output
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what `Trainer.predict` gives for a `DuoPredictor` to one file, in the dataset's order.
 
     Columns are the sample's index in the dataset, the prediction, the confidence and whether it is
-    accepted; with several dataloaders also which one. Every process keeps its own samples (21
-    bytes each, with probabilities 4 K more) and writes them to a part file in the same folder,
-    which all must share; the first process puts them together at the end. The file appears whole
-    or not at all. Samples of a dataset without indices (an iterable one, say) are numbered as they
-    come, process by process; those of a batch that the collate function made smaller get -1.
+    accepted; with several dataloaders also which one. In ``*.npz`` each is an array, in the shape
+    that `DuoOutput` has for a sample. In ``*.csv`` each is a column, or with several labels a
+    column for each (``prediction_0``, ``prediction_1``, ...). Every process keeps its own samples
+    (21 bytes for one decision, with probabilities 4 K more) and writes them to a part file in the
+    same folder, which all must share; the first process puts them together at the end. The file
+    appears whole or not at all. Samples of a dataset without indices (an iterable one, say) are
+    numbered as they come, process by process; those of a batch that the collate function made
+    smaller get -1.
 
     Args:
-        path: The file, ``*.csv`` or ``*.npz``.
+        path: The file, ``*.csv`` or ``*.npz``; the latter if a decision is made for each pixel or
+            token of a sample.
         probs: Whether to write the probabilities of all classes too.
 
     Raises:
-        ValueError: If the file has another ending.
+        ValueError: If the file has another ending. When predicting, if samples have several
+            decisions that do not fit a csv file, or differ in size.
 
     Example:
         >>> writer = PredictionWriter("predictions.csv")
@@ -110,6 +119,11 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(prediction).__name__} from {type(pl_module).__name__}; use "
                 "trainer.predict(DuoPredictor(callback.module), ...)"
             )
+        if self.path.suffix == ".csv" and prediction.probs.ndim > 2:
+            raise ValueError(
+                f"{self.path} has a line for each sample, but this duo makes a decision for each "
+                f"of {tuple(prediction.prediction.shape[1:])} places of a sample; write to *.npz"
+            )
         count = len(prediction.prediction)
         # For a loader without indices Lightning may pass on those of the loader before.
         loader = tree_leaves(trainer.predict_dataloaders)[dataloader_idx]
@@ -124,6 +138,7 @@ class PredictionWriter(BasePredictionWriter):
         }
         if self.probs:
             columns["probs"] = prediction.probs.float().cpu().numpy()
+        _check_sizes([*self._batches[:1], columns])
         self._batches.append(columns)
 
     @override
@@ -151,6 +166,7 @@ class PredictionWriter(BasePredictionWriter):
         if not found:
             rank_zero_warn(f"there was nothing to predict, so {self.path} was not written")
             return
+        _check_sizes(found)
         columns = _joined(found)
         _number(columns)
         unknown = columns["index"] < 0
@@ -189,6 +205,17 @@ def _number(columns: Columns) -> None:
             )
 
 
+def _check_sizes(parts: list[Columns]) -> None:
+    """Refuse samples of several sizes, which no array holds."""
+    sizes = sorted({part["prediction"].shape[1:] for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"samples have predictions of several shapes, {' and '.join(map(str, sizes))}, and the "
+            "arrays of one file must have one; bring all inputs to one size (pad or crop them in "
+            "the collate function), or keep what trainer.predict returns"
+        )
+
+
 def _joined(parts: list[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -198,13 +225,18 @@ def _write_npz(path: Path, columns: Columns) -> None:
 
 
 def _write_csv(path: Path, columns: Columns) -> None:
-    probs = columns.pop("probs", None)
-    classes = 0 if probs is None else probs.shape[1]
+    if "probs" in columns:
+        columns["prob"] = columns.pop("probs")
+    columns["accept"] = columns["accept"].astype(int)
+    tables = {name: values.reshape(len(values), -1) for name, values in columns.items()}
+    names = [
+        name if table.shape[1] == 1 else f"{name}_{k}"
+        for name, table in tables.items()
+        for k in range(table.shape[1])
+    ]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*columns, *(f"prob_{k}" for k in range(classes))])
-        values = {**columns, "accept": columns["accept"].astype(int)}
-        for row, cells in enumerate(zip(*(v.tolist() for v in values.values()), strict=True)):
-            numbers = [f"{c:.9g}" if isinstance(c, float) else c for c in cells]
-            found = [] if probs is None else [f"{p:.9g}" for p in probs[row].tolist()]
-            writer.writerow([*numbers, *found])
+        writer.writerow(names)
+        for parts in zip(*tables.values(), strict=True):
+            cells = [x for part in parts for x in part.tolist()]
+            writer.writerow([f"{x:.9g}" if isinstance(x, float) else x for x in cells])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_duo import DuoCallback, DuoModule, DuoPredictor, PredictionWriter
+from lightning_duo.base import Call
+from lightning_duo.tasks import Classes, Labels, Task
 
 DATA = small_images(50, 4)
 
@@ -153,3 +155,95 @@ def test_parts_of_a_run_that_did_not_end_are_not_taken(tmp_path: Path) -> None:
             DuoPredictor(make_duo()), DataLoader(Nothing(), 4)
         )
     assert not path.exists()
+
+
+def duo_of(task: Task, *shape: int) -> DuoModule:
+    """Two linear models whose outputs have a shape for each sample."""
+    torch.manual_seed(2)
+    size = int(np.prod(shape))
+    models = [
+        nn.Sequential(nn.Flatten(), nn.Linear(192, size), nn.Unflatten(1, shape or (1,)))
+        for _ in range(2)
+    ]
+    if not shape:
+        models = [nn.Sequential(model, nn.Flatten(0)) for model in models]
+    return DuoModule(*models, (1.3, 0.7), threshold=0.6, task=task).eval()
+
+
+@pytest.mark.parametrize(
+    ("task", "shape"),
+    [
+        (Labels(), ()),
+        (Labels(), (3,)),
+        (Labels(), (2, 3)),
+        (Classes(), (4, 3, 2)),
+        (Classes(dim=-1), (5, 3)),
+    ],
+)
+def test_arrays_have_the_shape_of_the_output(task: Task, shape: tuple, tmp_path: Path) -> None:
+    duo, path = duo_of(task, *shape), tmp_path / "out.npz"
+    writer = PredictionWriter(path, probs=True)
+    make_trainer(writer).predict(DuoPredictor(duo), loader(DATA, shuffle=True))
+    with torch.no_grad():
+        expected = duo(DATA.tensors[0])
+    found = np.load(path)
+    for name, values in expected._asdict().items():
+        np.testing.assert_allclose(found[name], values.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "ends"), [((), [""]), ((1,), [""]), ((2,), ["_0", "_1"])])
+def test_labels_are_columns(shape: tuple, ends: list, tmp_path: Path) -> None:
+    duo, path = duo_of(Labels(), *shape), tmp_path / "out.csv"
+    writer = PredictionWriter(path, probs=True)
+    make_trainer(writer).predict(DuoPredictor(duo), loader(DATA, shuffle=True))
+    found = read_csv(path)
+    names = ("prediction", "confidence", "accept", "prob")
+    assert list(found) == ["index", *(name + end for name in names for end in ends)]
+    with torch.no_grad():
+        expected = duo(DATA.tensors[0])
+    for name, values in zip(names, (*expected[1:], expected[0]), strict=True):
+        columns = np.stack([found[name + end] for end in ends], 1)
+        np.testing.assert_allclose(columns, values.reshape(50, -1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "places"),
+    [
+        (Classes(), (4, 3, 2), r"\(3, 2\)"),
+        (Classes(dim=-1), (5, 3), r"\(5,\)"),
+        (Labels(), (2, 3), r"\(2, 3\)"),
+    ],
+)
+def test_many_decisions_for_a_sample_do_not_fit_lines(
+    task: Task, shape: tuple, places: str, tmp_path: Path
+) -> None:
+    writer = PredictionWriter(tmp_path / "out.csv")
+    with pytest.raises(ValueError, match=rf"out\.csv .*{places} places.*\*\.npz"):
+        make_trainer(writer).predict(DuoPredictor(duo_of(task, *shape)), loader(DATA))
+
+
+def test_samples_of_several_sizes_do_not_fit_arrays(tmp_path: Path) -> None:
+    convolutions = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+    predictor = DuoPredictor(DuoModule(*convolutions, (1.0, 0.5)).eval())
+    batches = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 6, 8)]
+    with pytest.raises(ValueError, match=r"\(6, 8\) and \(8, 8\).*pad or crop"):
+        make_trainer(PredictionWriter(tmp_path / "out.npz")).predict(
+            predictor, DataLoader(batches, batch_size=None)
+        )
+
+
+def test_a_duo_of_several_arguments(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+            return self.net(x * mask)
+
+    duo, x, mask = DuoModule(Both(), Both(), (1.0, 0.5)).eval(), torch.randn(8, 5), torch.rand(8, 5)
+    predictor = DuoPredictor(duo, inputs_fn=lambda batch: Call((batch[0],), {"mask": batch[1]}))
+    outputs = make_trainer().predict(predictor, DataLoader(TensorDataset(x, mask), 4))
+    probs = torch.cat([output.probs for output in outputs])
+    torch.testing.assert_close(probs, duo(x, mask=mask).probs)
+    assert torch.equal(predictor(x, mask=mask).probs, duo(x, mask=mask).probs)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_duo.base import Call
 from lightning_duo.isolation import evaluating, frozen
 
 # In the names of operations that consist of matrix products.
@@ -47,8 +49,9 @@ def count_flops(
 
     Args:
         module: The model.
-        example_input: Its input; cost grows with the batch, so use a batch of one.
-        forward: How to run the module, ``(module, example_input)``; by default it is called.
+        example_input: Its input, or a `Call` with several arguments; cost grows with the batch, so
+            use a batch of one.
+        forward: How to run the module, ``(module, *args, **kwargs)``; by default it is called.
         fused: Let attention run fused, to see what the counter then misses.
 
     Returns:
@@ -59,14 +62,18 @@ def count_flops(
         >>> import torch
         >>> count_flops(torch.nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
         100
+        >>> call = Call((torch.zeros(1, 4), torch.zeros(1, 5)), {})
+        >>> count_flops(torch.nn.ModuleList([torch.nn.Linear(4, 5)]), call, lambda m, x, y: m[0](x))
+        40
     """
+    call = Call.with_input(example_input)
     with (
         evaluating(module),
         frozen(module),
         _unfused(module, attention=not fused),
         FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter,
     ):
-        forward(module, example_input) if forward else module(example_input)
+        call.of(partial(forward, module) if forward else module)
     return int(counter.get_total_flops())
 
 
@@ -112,18 +119,24 @@ def count_flops_fvcore(module: nn.Module, example_input: Any) -> tuple[int, list
 
     Args:
         module: The model, one of the kind that can be traced.
-        example_input: Its input, a batch of one.
+        example_input: Its input, a batch of one, or a `Call` of inputs by position.
 
     Returns:
         The operations, and the names of those that consist of matrix products and were not counted.
 
     Raises:
         ImportError: If fvcore is missing.
+        ValueError: If the call has arguments by name, which fvcore cannot pass on.
     """
     from fvcore.nn import FlopCountAnalysis
 
+    call = Call.with_input(example_input)
+    if call.kwargs:
+        raise ValueError(
+            f"fvcore passes arguments by position only, got {sorted(call.kwargs)} by name"
+        )
     with evaluating(module):
-        analysis = FlopCountAnalysis(module, example_input)
+        analysis = FlopCountAnalysis(module, call.args)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         total = 2 * int(analysis.total())
         skipped = sorted(
@@ -140,7 +153,7 @@ def measure_cost(base: nn.Module, sidekick: nn.Module, example_input: Any) -> Co
     Args:
         base: The base, called on ``example_input``.
         sidekick: The sidekick, called on the same input.
-        example_input: An input of the base, a batch of one.
+        example_input: An input of the base, a batch of one, or a `Call` with several arguments.
 
     Returns:
         The cost for one sample.
@@ -171,7 +184,7 @@ def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> f
     Args:
         base: The base, called on ``example_input``.
         sidekick: The sidekick, called on the same input.
-        example_input: An input of the base, a batch of one.
+        example_input: An input of the base, a batch of one, or a `Call` with several arguments.
 
     Returns:
         The balance; 0.1 means that the duo costs 10 % more than the base.
@@ -192,13 +205,13 @@ def flops_balance(base: nn.Module, sidekick: nn.Module, example_input: Any) -> f
     return balance
 
 
-def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> dict[str, Any]:
+def compare_counters(base: nn.Module, sidekick: nn.Module, sample: Any) -> dict[str, Any]:
     """Operations and parameters, and what other ways of counting would say.
 
     Args:
         base: The base.
         sidekick: The sidekick.
-        sample: An input of batch one.
+        sample: An input of batch one, or a `Call` with several arguments.
 
     Returns:
         The fields of `Cost` and ``balance``; ``balance_fused``, counted while attention runs fused,

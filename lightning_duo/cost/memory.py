@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_duo.base import Call
 from lightning_duo.cost.timing import interleave
+from lightning_duo.nested import leaves, mapped
 
 MOST_IMAGES = 128  # in a batch, as in the paper (App. A.2)
 SHARE_OF_MEMORY = 0.5  # of what the system has free, that one forward may take
@@ -23,9 +25,29 @@ class Batch(NamedTuple):
     """What keeps it from being larger, in words."""
 
 
+def batch_of(sample: Any, size: int) -> Call:
+    """A batch of copies of one sample.
+
+    Args:
+        sample: An input of batch one, or a `Call` of such inputs.
+        size: How many.
+    """
+
+    def copies(x: torch.Tensor) -> torch.Tensor:
+        return x.expand(size, *x.shape[1:]).contiguous() if x.ndim else x
+
+    found: Call = mapped(Call.with_input(sample), copies)
+    return found
+
+
+def device_of(sample: Any) -> torch.device:
+    """Where the tensors of an input or a `Call` are."""
+    return next((x.device for _, x in leaves(sample)), torch.device("cpu"))
+
+
 def largest_batch(
     module: nn.Module,
-    sample: Tensor,
+    sample: Any,
     *,
     most: int = MOST_IMAGES,
     seconds: float | None = None,
@@ -38,7 +60,7 @@ def largest_batch(
 
     Args:
         module: The largest of the models to run; see `largest_batch_of_pair`.
-        sample: An input of batch one, on the module's device.
+        sample: An input of batch one, or a `Call` of several, on the module's device.
         most: Where to begin.
         seconds: Longest forward, predicted from batches of one and four; None for any.
 
@@ -52,11 +74,11 @@ def largest_batch(
     """
 
     def run(size: int) -> Callable[[], Any]:
-        inputs = sample.expand(size, *sample.shape[1:]).contiguous()
-        return lambda: module(inputs)
+        inputs = batch_of(sample, size)
+        return lambda: inputs.of(module)
 
     def fits(size: int) -> bool:
-        if not sample.is_cuda:
+        if device.type != "cuda":
             return used + (size - 1) * more <= SHARE_OF_MEMORY * free
         try:
             run(size)()
@@ -65,18 +87,20 @@ def largest_batch(
             return False
         return True
 
+    device = device_of(sample)
     with torch.inference_mode():
-        if not sample.is_cuda:
+        if device.type != "cuda":
             run(1)()
+            bytes_in = sum(x.nbytes for _, x in leaves(sample))
             first, third = (peak_memory(run(size)) or 0 for size in (1, 3))
-            used, more, free = first, max(sample.nbytes, (third - first) // 2), free_memory()
+            used, more, free = first, max(bytes_in, (third - first) // 2), free_memory()
         size, limit = most, "the largest that is tried"
         while not fits(size):
             size, limit = size // 2, "a larger one would not fit into memory"
             if not size:
                 raise RuntimeError("not even one sample fits into memory; choose smaller models")
         if seconds is not None:
-            found = interleave({"1": run(1), "4": run(4)}, repeats=3, device=sample.device)
+            found = interleave({"1": run(1), "4": run(4)}, repeats=3, device=device)
             one, four = (found.spread(name).median for name in ("1", "4"))
             while size > 1 and one + (size - 1) * max(0.0, four - one) / 3 > seconds:
                 size //= 2

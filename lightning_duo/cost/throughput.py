@@ -3,17 +3,20 @@
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_duo.base import as_logits
-from lightning_duo.cost.memory import Batch, largest_batch
+from lightning_duo.base import Call, logits_in
+from lightning_duo.cost.memory import Batch, batch_of, device_of, largest_batch
 from lightning_duo.cost.timing import environment, interleave
 from lightning_duo.export import export_duo
 from lightning_duo.module import DuoModule
+from lightning_duo.nested import Path
+from lightning_duo.tasks import Classes, Task
 
 ENSEMBLE = "2 bases"
 COMPILED = ", compiled"
@@ -26,21 +29,31 @@ class Ensemble(nn.Module):
     Source: Lakshminarayanan, Pritzel and Blundell 2017, with two members.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, task: Task, logits_at: Path) -> None:
         super().__init__()
         self.first, self.second = first, second
+        self.task, self.logits_at = task, logits_at
 
-    def forward(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities (N, K), prediction (N,) and confidence (N,)."""
-        first, second = as_logits(self.first(x)), as_logits(self.second(x))
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Probabilities, prediction and confidence, in the shapes of `DuoOutput`."""
+        outputs = (model(*args, **kwargs) for model in (self.first, self.second))
+        first, second = (logits_in(output, self.logits_at) for output in outputs)
         if first is None or second is None:
-            raise ValueError("both members must return logits (N, K)")
-        probs = (first.float().softmax(1) + second.float().softmax(1)) / 2
+            raise ValueError("both members must return logits")
+        one, other = (self.task.rows(logits).logits for logits in (first, second))
+        probs = (one.float().softmax(1) + other.float().softmax(1)) / 2
         confidence, prediction = probs.max(1)
-        return probs, prediction, confidence
+        return tuple(self.task.back(part, first) for part in (probs, prediction, confidence))
 
 
-def largest_batch_of_pair(base: nn.Module, sidekick: nn.Module, sample: Tensor) -> Batch:
+def largest_batch_of_pair(
+    base: nn.Module,
+    sidekick: nn.Module,
+    sample: Any,
+    *,
+    task: Task = Classes(),  # noqa: B008 (it is frozen)
+    logits_at: Path = (),
+) -> Batch:
     """The batch to measure a pair with, as `largest_batch` finds it.
 
     On CUDA the ensemble of two bases must fit, beside what else is measured. On the CPU a forward
@@ -49,22 +62,31 @@ def largest_batch_of_pair(base: nn.Module, sidekick: nn.Module, sample: Tensor) 
     Args:
         base: The base.
         sidekick: The sidekick.
-        sample: An input of batch one, on their device.
+        sample: An input of batch one, or a `Call` of several, on their device.
+        task: As of `DuoModule`.
+        logits_at: As of `DuoModule`.
 
     Raises:
         RuntimeError: If not even one sample fits.
     """
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
-    if not sample.is_cuda:
+    duo = _duo(base, sidekick, sample, task, logits_at)
+    if device_of(sample).type != "cuda":
         return largest_batch(duo, sample, seconds=1.0)
-    pair = _two_of(base)
+    pair = _two_of(duo)
     return largest_batch(duo if isinstance(pair, str) else pair, sample)
 
 
-def _two_of(base: nn.Module) -> Ensemble | str:
-    """The ensemble of a base and its copy, or why it cannot be copied."""
+def _duo(
+    base: nn.Module, sidekick: nn.Module, sample: Any, task: Task, logits_at: Path
+) -> DuoModule:
+    duo = DuoModule(base, sidekick, (1.0, 1.0), task=task, logits_at=logits_at)
+    return duo.eval().to(device_of(sample))
+
+
+def _two_of(duo: DuoModule) -> Ensemble | str:
+    """The ensemble of a duo's base and its copy, or why it cannot be copied."""
     try:
-        return Ensemble(base, copy.deepcopy(base)).eval()
+        return Ensemble(duo.base, copy.deepcopy(duo.base), duo.task, duo.logits_at).eval()
     except Exception as error:  # of whatever a user's module holds, such as a lock
         return f"the base cannot be copied: {_reason(error)}"
 
@@ -72,9 +94,11 @@ def _two_of(base: nn.Module) -> Ensemble | str:
 def measure_throughput(
     base: nn.Module,
     sidekick: nn.Module,
-    sample: Tensor,
+    sample: Any,
     batches: Sequence[int],
     *,
+    task: Task = Classes(),  # noqa: B008 (it is frozen)
+    logits_at: Path = (),
     compiled: bool = True,
     exported: Iterable[str] = tuple(EXPORTED),
     repeats: int = 10,
@@ -92,8 +116,10 @@ def measure_throughput(
     Args:
         base: The base, in the precision and on the device to measure.
         sidekick: The sidekick, likewise; weights may be random.
-        sample: An input of batch one, likewise.
+        sample: An input of batch one, or a `Call` of several, likewise.
         batches: Batch sizes to measure.
+        task: As of `DuoModule`.
+        logits_at: As of `DuoModule`.
         compiled: Also measure all of them under `torch.compile`.
         exported: Formats of `export_duo` to measure the duo in: ``program``, ``aoti``.
         repeats: Turns of each measurement.
@@ -115,13 +141,9 @@ def measure_throughput(
     exported = tuple(exported)
     if unknown := set(exported) - set(EXPORTED):
         raise ValueError(f"exported formats to measure are {set(EXPORTED)}, got {unknown}")
-    duo = DuoModule(base, sidekick, (1.0, 1.0)).eval().to(sample.device)
-    eager: dict[str, Callable[[Tensor], Any]] = {
-        "base": base,
-        "sidekick": sidekick,
-        "duo": duo,
-    }
-    pair = _two_of(base)
+    duo, device = _duo(base, sidekick, sample, task, logits_at), device_of(sample)
+    eager: dict[str, Callable[..., Any]] = {"base": base, "sidekick": sidekick, "duo": duo}
+    pair = _two_of(duo)
     cannot: dict[str, str] = {}
     if isinstance(pair, str):
         cannot[ENSEMBLE] = pair
@@ -130,7 +152,7 @@ def measure_throughput(
     rows: list[dict[str, Any]] = []
     with _exported(duo, sample, exported, say) as (files, not_exported), torch.inference_mode():
         for batch in batches:
-            inputs = sample.expand(batch, *sample.shape[1:]).contiguous()
+            inputs = batch_of(sample, batch)
             models, failed = dict(eager), cannot | not_exported
             if compiled:
                 say(f"batch {batch}: compiling")
@@ -138,9 +160,9 @@ def measure_throughput(
                 models, failed = models | faster, failed | not_compiled
             models |= files
             say(f"batch {batch}: measuring")
-            methods = {name: _call(model, inputs) for name, model in models.items()}
+            methods = {name: partial(inputs.of, model) for name, model in models.items()}
             timing = interleave(
-                methods, repeats=repeats, device=sample.device, budget=budget, overlap=False
+                methods, repeats=repeats, device=device, budget=budget, overlap=False
             )
             for name in models:
                 for reference in _references(name, models):
@@ -151,21 +173,21 @@ def measure_throughput(
                 {"batch": batch, "method": name, "not_measured": reason}
                 for name, reason in failed.items()
             ]
-    surroundings = environment(sample.device)
+    surroundings = environment(device)
     return [{**row, **surroundings} for row in rows]
 
 
 def _compiled(
-    models: Mapping[str, Callable[[Tensor], Any]], inputs: Tensor
-) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, str]]:
+    models: Mapping[str, Callable[..., Any]], inputs: Call
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """The models under torch.compile, warm, with code for these inputs; and why others failed."""
     torch._dynamo.reset()
-    found: dict[str, Callable[[Tensor], Any]] = {}
+    found: dict[str, Callable[..., Any]] = {}
     failed: dict[str, str] = {}
     for name, model in models.items():
         try:
             made = torch.compile(model, dynamic=False)
-            made(inputs)
+            inputs.of(made)
             found[name + COMPILED] = made
         except Exception as error:  # of the compiler, or of the C++ compiler that it needs
             failed[name + COMPILED] = _reason(error)
@@ -176,10 +198,6 @@ def _reason(error: Exception) -> str:
     """What went wrong, in a line."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:200]}"
-
-
-def _call(model: Callable[[Tensor], Any], inputs: Tensor) -> Callable[[], Any]:
-    return lambda: model(inputs)
 
 
 def _references(name: str, measured: Container[str]) -> list[tuple[str, ...]]:
@@ -197,12 +215,12 @@ def _references(name: str, measured: Container[str]) -> list[tuple[str, ...]]:
 
 @contextmanager
 def _exported(
-    duo: DuoModule, sample: Tensor, formats: Iterable[str], say: Callable[[str], None]
-) -> Iterator[tuple[dict[str, Callable[[Tensor], Any]], dict[str, str]]]:
+    duo: DuoModule, sample: Any, formats: Iterable[str], say: Callable[[str], None]
+) -> Iterator[tuple[dict[str, Callable[..., Any]], dict[str, str]]]:
     """The duo read back from files that last as long as this context; and why others failed."""
-    example = sample.expand(2, *sample.shape[1:]).contiguous()
+    example = batch_of(sample, 2)
     with TemporaryDirectory() as folder:
-        found: dict[str, Callable[[Tensor], Any]] = {}
+        found: dict[str, Callable[..., Any]] = {}
         failed: dict[str, str] = {}
         for kind in formats:
             say(f"exporting: {kind}")
@@ -210,7 +228,7 @@ def _exported(
                 path = export_duo(duo, f"{folder}/{kind}.pt2", example, format=kind)  # type: ignore[arg-type]
                 load = torch._inductor.aoti_load_package if kind == "aoti" else _load_program
                 loaded = load(str(path))
-                loaded(example)
+                example.of(loaded)
                 found[EXPORTED[kind]] = loaded
             except Exception as error:  # of torch.export, or of the compilers
                 failed[EXPORTED[kind]] = _reason(error)

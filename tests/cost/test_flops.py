@@ -7,6 +7,7 @@ from fvcore.nn import FlopCountAnalysis
 from helpers import small_net
 from torch import Tensor, nn
 
+from lightning_duo.base import Call
 from lightning_duo.cost import count_flops, count_flops_fvcore, flops_balance, measure_cost
 
 # What fvcore counts beside convolutions and products, and PyTorch does not.
@@ -102,3 +103,21 @@ def test_balance() -> None:
     assert flops_balance(small_net(width=32), small_net(width=8), x) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="no convolution or matrix product"):
         flops_balance(nn.Identity(), small_net(), x)
+
+
+def test_calls_with_several_arguments() -> None:
+    class Both(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, width), nn.Linear(6, width)
+
+        def forward(self, x: torch.Tensor, *, y: torch.Tensor) -> torch.Tensor:
+            return self.one(x) + self.other(y)
+
+    call = Call((torch.zeros(1, 4),), {"y": torch.zeros(1, 6)})
+    assert count_flops(Both(5), call) == 2 * 5 * (4 + 6)
+    assert flops_balance(Both(50), Both(5), call) == 0.1
+    with pytest.raises(ValueError, match=r"by position only.*'y'"):
+        count_flops_fvcore(Both(5), call)
+    twice = Call((torch.zeros(1, 4), torch.zeros(1, 6)), {})
+    assert count_flops_fvcore(nn.Bilinear(4, 6, 3), twice)[0] >= 0
