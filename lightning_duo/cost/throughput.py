@@ -29,7 +29,13 @@ class Ensemble(nn.Module):
     Source: Lakshminarayanan, Pritzel and Blundell 2017, with two members.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, task: Task, logits_at: Path) -> None:
+    def __init__(
+        self,
+        first: nn.Module,
+        second: nn.Module,
+        task: Task = Classes(),  # noqa: B008 (it is frozen)
+        logits_at: Path = (),
+    ) -> None:
         super().__init__()
         self.first, self.second = first, second
         self.task, self.logits_at = task, logits_at

@@ -13,18 +13,21 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_duo import cost
+from lightning_duo.base import Call
 from lightning_duo.cost import (
     Ensemble,
     Timing,
     compare_counters,
     find,
     largest_batch,
+    largest_batch_of_pair,
     measure_throughput,
     memory,
     overhead_text,
     ratio_text,
     throughput_table,
 )
+from lightning_duo.tasks import Labels
 from lightning_duo.zoo import input_size
 
 
@@ -46,6 +49,29 @@ def test_the_ensemble_is_the_mean_of_both_softmaxes() -> None:
     torch.testing.assert_close(probs, want)
     assert torch.equal(prediction, want.argmax(1))
     torch.testing.assert_close(confidence, want.amax(1))
+
+
+def test_pairs_of_other_tasks_and_calls_are_measured() -> None:
+    class Both(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, width), nn.Linear(width, 1))
+
+        def forward(self, x: torch.Tensor, *, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return self.net(x * mask), None
+
+    base, sidekick = Both(40).eval(), Both(4).eval()
+    sample = Call((torch.randn(1, 6),), {"mask": torch.rand(1, 6)})
+    options = {"task": Labels(), "logits_at": (0,)}
+    assert largest_batch_of_pair(base, sidekick, sample, **options).size > 1
+    rows = measure_throughput(
+        base, sidekick, sample, [3], compiled=False, exported=["program"], repeats=3, **options
+    )
+    methods = {row["method"] for row in rows if "ms" in row}
+    assert methods == {"base", "sidekick", "duo", "2 bases", "duo, exported"}
+    pair_of_two = Ensemble(base, sidekick, Labels(), (0,))
+    want = torch.stack([sample.of(model)[0].sigmoid() for model in (base, sidekick)]).mean(0)
+    torch.testing.assert_close(sample.of(pair_of_two)[0], want)
 
 
 def test_rows_hold_every_method_against_its_own_reference() -> None:

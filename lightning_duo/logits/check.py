@@ -1,82 +1,33 @@
-"""Logits of two trained models on the same samples: from files, or from the models."""
+"""Logits of two trained models on the same samples, from files, and what is wrong with them."""
 
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from lightning_duo.arrays import read_array
-from lightning_duo.batch import BatchFn, read_batch
-from lightning_duo.isolation import evaluating
-from lightning_duo.module import DuoModule
-from lightning_duo.tasks import check_targets
 
 SURE = 5.0  # standard deviations above chance from which a model knows the targets
 CHANCE = 3.0  # ... and up to which it may as well not
 
 
 class Logits(NamedTuple):
-    """Logits of base and sidekick, and the targets, of the same samples in the same order."""
+    """Logits of base and sidekick, and the targets, of the same decisions in the same order.
+
+    Each row is a decision: of a sample, or of a pixel, token or label of a sample.
+    """
 
     base: Tensor
     """Shape (N, K), a floating dtype."""
     sidekick: Tensor
     """Shape (N, K), a floating dtype."""
     targets: Tensor
-    """Shape (N,), int64."""
+    """True classes, shape (N,), int64; or their probabilities, shape (N, K)."""
 
 
 NAMES = Logits("base_logits", "sidekick_logits", "targets")  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def collect_logits(
-    base: nn.Module, sidekick: nn.Module, data: Iterable[Any], *, batch_fn: BatchFn = read_batch
-) -> Logits:
-    """Run two trained models over a DataLoader, in eval mode.
-
-    Args:
-        base: Maps inputs to logits (B, K), or to a mapping or object with ``logits``.
-        sidekick: The same for the same inputs, on the same device; put what it needs in front of
-            it, as in ``nn.Sequential(Resize(96), model)``.
-        data: Batches, ``(inputs, targets)`` or a mapping with usual keys.
-        batch_fn: ``batch -> (inputs, targets)``, for other batches.
-
-    Returns:
-        Logits and targets of all samples, on the CPU, in float32.
-
-    Raises:
-        ValueError: If a batch cannot be read, a model gives no logits, or there is no batch.
-
-    Example:
-        >>> import torch
-        >>> batches = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))]
-        >>> found = collect_logits(torch.nn.Linear(8, 3), torch.nn.Linear(8, 3), batches)
-        >>> found.base.shape
-        torch.Size([4, 3])
-    """
-    device = next((p.device for p in base.parameters()), torch.device("cpu"))
-    duo = DuoModule(base, sidekick, (1.0, 1.0))
-    parts: list[Logits] = []
-    with evaluating(duo):
-        for batch in data:
-            inputs, targets = batch_fn(batch)
-            inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            first, second = duo.member_logits(inputs)
-            targets = check_targets(targets, first.shape[1])
-            if len(targets) != len(first):
-                raise ValueError(
-                    f"a batch has {len(targets)} targets, but the base gives logits of shape "
-                    f"{tuple(first.shape)} for it"
-                )
-            parts.append(Logits(first.float().cpu(), second.float().cpu(), targets.cpu()))
-    if not parts:
-        raise ValueError("the data hold no batch, so there is nothing to fit or measure")
-    return Logits(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def read_logits(base: str, sidekick: str, targets: str) -> Logits:
@@ -106,11 +57,11 @@ def check_logits(logits: Logits, names: Logits = NAMES) -> Logits:
     """Check that logits and targets fit each other, and warn of what is probably a mistake.
 
     Args:
-        logits: Logits (N, K) twice, and targets (N,).
+        logits: Logits (N, K) twice, and targets (N,), or probabilities of the classes (N, K).
         names: What to call the three.
 
     Returns:
-        The same, with targets as int64.
+        The same, with class indices as int64.
 
     Raises:
         ValueError: If shapes, dtypes or values do not fit; names the first rows concerned.
@@ -132,11 +83,13 @@ def check_logits(logits: Logits, names: Logits = NAMES) -> Logits:
             f"{names.sidekick} has shape {tuple(sidekick.shape)}, {names.base} "
             f"{tuple(base.shape)}; both models need logits for the same samples and classes"
         )
-    targets = _class_indices(targets, len(base), base.shape[1], names)
-    found = Logits(base, sidekick, targets)
-    _refuse_targets(found, names)
-    _warn_of_probabilities(found, names)
-    _warn_of_order(found, names)
+    soft = targets.is_floating_point() and targets.shape == base.shape
+    checked = _probabilities if soft else _class_indices
+    found = Logits(base, sidekick, checked(targets, len(base), base.shape[1], names))
+    hard = found._replace(targets=found.targets.argmax(1)) if soft else found
+    _refuse_targets(hard, names)
+    _warn_of_probabilities(hard, names)
+    _warn_of_order(hard, names)
     return found
 
 
@@ -154,6 +107,18 @@ def _check_rows(name: str, values: Tensor) -> None:
             f"{name} has NaN or +inf in {int(bad.sum())} of {len(values)} rows, first in rows "
             f"{_first(bad)} (counted from 0); logits must be numbers"
         )
+
+
+def _probabilities(targets: Tensor, samples: int, classes: int, names: Logits) -> Tensor:
+    bad = (targets < 0).any(1) | ~((targets.double().sum(1) - 1).abs() <= 0.01)
+    if bad.any():
+        raise ValueError(
+            f"{names.targets} has one value per class, but rows {_first(bad)} (counted from 0) are "
+            "no probabilities, at least 0 with a sum of 1; give one class index per sample, or "
+            "such probabilities; several labels of a sample are rows of two classes each, as "
+            "collect_logits(..., task=Labels()) makes them"
+        )
+    return targets
 
 
 def _class_indices(targets: Tensor, samples: int, classes: int, names: Logits) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logits from files and from models, and what is said of those that do not fit."""
+"""Logits from files, and what is said of those that do not fit."""
 
 import warnings
 from pathlib import Path
@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, loader, make_logits, small_images, small_net
+from helpers import make_logits
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_duo.arrays import read_array
-from lightning_duo.logits import Logits, check_logits, collect_logits, read_logits
+from lightning_duo.logits import Logits, check_logits, read_logits
 
 BASE, SIDEKICK, TARGETS = make_logits(200, 5, seed=3)
 
@@ -243,37 +242,10 @@ def test_a_column_that_outdoes_all_classes_is_warned_of() -> None:
         check_logits(Logits(base, SIDEKICK, rest))
 
 
-def test_models_are_run_over_a_loader_and_left_as_they_were() -> None:
-    data = small_images(50)
-    base, sidekick = Classifier().train(), nn.Sequential(nn.Identity(), small_net()).train()
-    sidekick[1].eval()
-    found = collect_logits(base, sidekick, loader(data))
-    assert base.training
-    assert sidekick.training
-    assert not sidekick[1].training
-    assert not found.base.requires_grad
-    x, y = data.tensors
-    torch.testing.assert_close(found.base, base.eval()(x))
-    torch.testing.assert_close(found.sidekick, sidekick.eval()(x))
-    assert torch.equal(found.targets, y)
-    by_name = [{"pixel_values": x[:9], "labels": y[:9]}]
-    assert len(collect_logits(base, sidekick, by_name).base) == 9
-    own = [("id", y[:9], x[:9])]
-    again = collect_logits(base, sidekick, own, batch_fn=lambda batch: (batch[2], batch[1]))
-    torch.testing.assert_close(again.base, found.base[:9])
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([], "no batch"),
-        ([(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1]))], r"2 targets.*\(3, 4\)"),
-        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))], r"targets .*0\.\.3.*0\.\.4"),
-        ([torch.zeros(2, 3, 8, 8)], r"inputs and targets.*\(2, 3, 8, 8\).*batch_fn="),
-    ],
-)
-def test_batches_that_do_not_fit(batches: list, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        collect_logits(Classifier(), small_net(), batches)
-    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*'logits'"):
-        collect_logits(Classifier(), nn.Identity(), DataLoader(small_images(4), 4))
+def test_probabilities_of_classes_are_checked() -> None:
+    soft = BASE.softmax(1)
+    assert check_logits(Logits(BASE, SIDEKICK, soft), NAMES).targets is soft
+    with pytest.raises(ValueError, match=r"t\.npy .*rows \[3\].*sum of 1.*task=Labels\(\)"):
+        check_logits(Logits(BASE, SIDEKICK, changed(soft, 3, 2.0)), NAMES)
+    with pytest.warns(UserWarning, match="chance"):
+        check_logits(Logits(BASE, SIDEKICK, soft[ORDER]), NAMES)
