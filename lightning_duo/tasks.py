@@ -165,7 +165,8 @@ class Labels:
         z = output.reshape(-1)
         if member in self.probabilities:
             z = z.float().clamp(NEAREST, 1 - NEAREST).logit()
-        items = None if z.numel() == len(output) else _items(output.shape, output.device)
+        single = z.numel() == output.shape[0]  # len would be a constant in an export
+        items = None if single else _items(output.shape, output.device)
         rows = Rows(torch.stack([torch.zeros_like(z), z], dim=1), None, items)
         if targets is None:
             return rows
