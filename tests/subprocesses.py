@@ -95,15 +95,16 @@ import json, sys
 for name in ("lightning_duo", "lightning_duo_kernels", "lightning", "timm", "torchmetrics"):
     sys.modules[name] = None  # importing it is an error
 import numpy as np
-format, file, inputs, outputs = sys.argv[1:]
+format, file, inputs, outputs, *by_name = sys.argv[1:]
 if format == "onnx":
     import onnxruntime
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     description = json.loads(session.get_modelmeta().custom_metadata_map["lightning_duo"])
-    (name,), names = ([x.name for x in get()] for get in (session.get_inputs, session.get_outputs))
+    given, names = ([x.name for x in get()] for get in (session.get_inputs, session.get_outputs))
     assert names == description["outputs"], names
-    assert session.get_inputs()[0].shape[0] == "batch"
-    run = lambda x: session.run(None, {name: x})
+    assert all(x.shape[0] == "batch" for x in session.get_inputs())
+    assert not by_name or given == by_name, given
+    run = lambda xs: session.run(None, dict(zip(given, xs, strict=True)))
 else:
     import torch
     if format == "program":
@@ -113,21 +114,38 @@ else:
     else:
         module = torch._inductor.aoti_load_package(file)
         description = json.loads(module.get_metadata()["lightning_duo"])
-    run = lambda x: [y.detach().cpu().numpy() for y in module(torch.from_numpy(x))]
-results = {}
+
+    def run(xs):
+        first, *rest = map(torch.from_numpy, xs)
+        named = dict(zip(by_name[1:], rest, strict=True)) if by_name else {}
+        return [y.detach().cpu().numpy() for y in module(first, **named)]
+batches = {}
 for key, x in np.load(inputs).items():
-    for field, value in zip(description["outputs"], run(x), strict=True):
+    batches.setdefault(key.partition("/")[0], []).append(x)
+results = {}
+for key, xs in batches.items():
+    for field, value in zip(description["outputs"], run(xs), strict=True):
         results[f"{key}.{field}"] = value
 np.savez(outputs, description=json.dumps(description), **results)
 """
 
 
-def run_file(path: Path, format: Format, batches: dict[str, Tensor]) -> tuple[dict, dict]:
-    """Results by batch, and the description, of an exported duo in a process of its own."""
+def run_file(
+    path: Path, format: Format, batches: dict[str, Tensor | dict[str, Tensor]]
+) -> tuple[dict, dict]:
+    """Results by batch, and the description, of an exported duo in a process of its own.
+
+    A batch of several arguments is a dict: the first goes by position, the others by name.
+    """
     inputs, outputs = path.with_name("inputs.npz"), path.with_name("outputs.npz")
-    np.savez(inputs, **{name: x.numpy() for name, x in batches.items()})
+    parts = {name: x if isinstance(x, dict) else {"x": x} for name, x in batches.items()}
+    arrays = {f"{name}/{key}": x.numpy() for name, p in parts.items() for key, x in p.items()}
+    np.savez(inputs, **arrays)
+    keys = list(next(iter(parts.values())))
+    by_name = keys if len(keys) > 1 else []
+    files = [str(path), str(inputs), str(outputs)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, format, str(path), str(inputs), str(outputs)],
+        [sys.executable, "-W", "ignore", "-c", RUN, format, *files, *by_name],
         capture_output=True,
         text=True,
         cwd=path.parent,

@@ -114,7 +114,7 @@ def test_models_of_several_arguments() -> None:
 def test_what_may_be_several_tasks_needs_one(logits: Tensor, targets: Tensor) -> None:
     shape = re.escape(str(tuple(logits.shape)))
     with pytest.raises(ValueError, match=rf"logits {shape}.*task=Classes\(\).*task=Labels\(\)"):
-        collected(logits, targets)
+        collected(logits, targets, batch=4)
     task = Labels() if logits.shape == targets.shape or logits.ndim < 2 else Classes()
     task = Labels() if logits.shape[1:] == (1,) else task
     assert collected(logits, targets, task).base.ndim == 2  # as the error says
