@@ -271,6 +271,9 @@ class MetaTensor(Tensor):
         self.meta = meta
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MetaTensor":
+        return MetaTensor(self.as_subclass(Tensor).clone(), dict(self.meta))
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

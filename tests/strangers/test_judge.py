@@ -45,9 +45,12 @@ class Oracle(L.Callback):
         case, base = self.case, pl_module.eval()
         truths = [case.truth(base, copy.deepcopy(b)) for b in self.batches(trainer)]
         shape = truths[0].logits.shape
-        outputs = shape[-1] if case.layout == "tokens" else shape[1]
+        outputs = 1 if len(shape) == 1 else shape[-1 if case.layout == "tokens" else 1]
         self.base, self.sidekick = base, case.sidekick(outputs).eval()
-        sides = [case.side(self.sidekick, copy.deepcopy(b)) for b in self.batches(trainer)]
+        sides = [
+            case.side(self.sidekick, copy.deepcopy(b)).view(truth.logits.shape)
+            for b, truth in zip(self.batches(trainer), truths, strict=True)
+        ]
         both = [
             (rows(case.layout, truth), rows(case.layout, Truth(side, truth.targets))[0])
             for truth, side in zip(truths, sides, strict=True)
