@@ -58,8 +58,7 @@ class WrappedResNet(Pictures):
     sizes = (64, 64, 16)
 
     def data(self, count: int, seed: int) -> Dataset:
-        x, y = images(count, seed, strength=0.5)
-        return TensorDataset(x, torch.where(torch.arange(count) % 5 == 0, 0, y))
+        return TensorDataset(*images(count, seed, strength=0.5))
 
     def module(self) -> L.LightningModule:
         return ResNetClassifier()
@@ -109,7 +108,7 @@ class ThirteenChannels(Stranger):
         return SceneClassificationTask()
 
     def data(self, count: int, seed: int) -> Dataset:
-        x, y = images(count, seed, classes=4, channels=13, size=16)
+        x, y = images(count, seed, classes=4, channels=13, size=16, strength=0.3)
         return Records(x, y, make=lambda image, label: {"image": image, "label": label})
 
     def arguments(self) -> dict[str, Any]:
@@ -306,7 +305,7 @@ class Films(Stranger):
         return FilmClassifier()
 
     def data(self, count: int, seed: int) -> Dataset:
-        frames, y = images(count, seed, channels=12)
+        frames, y = images(count, seed, channels=12, strength=0.4)
         return Records(
             frames.view(count, 4, 3, 12, 12),
             y,
@@ -359,7 +358,7 @@ class ImageAndText(Stranger):
 
     def data(self, count: int, seed: int) -> Dataset:
         x, y = images(count, seed)
-        ids = (y[:, None] + 3 * (points(count, seed, width=5)[0] > 0.9)) % 20
+        ids = (y[:, None] + 3 * (points(count, seed, width=5)[0] > 0)) % 5
         return Records(
             x, ids, y, make=lambda a, b, c: {"image": a, "input_ids": b, "label": c, "id": "x"}
         )

@@ -106,19 +106,20 @@ class SMPModel(PetModel):
     """The example of segmentation_models_pytorch with its own losses and counts."""
 
     def __init__(self, mode: str = "binary", classes: int = 1) -> None:
-        import segmentation_models_pytorch as smp
+        from segmentation_models_pytorch.losses import DiceLoss
 
         super().__init__()
-        self.smp, self.mode = smp, mode
         self.model = pixel_net(classes)
-        self.dice = smp.losses.DiceLoss(mode, from_logits=True)
+        self.dice = DiceLoss(mode, from_logits=True)
 
     def shared_step(self, batch: Any, stage: str) -> dict[str, Tensor]:
+        from segmentation_models_pytorch.metrics import get_stats
+
         image, mask = batch
         logits_mask = self.forward(image)
         loss = self.loss_fn(logits_mask, mask)
         pred_mask = (logits_mask.sigmoid() > 0.5).float()
-        tp, fp, fn, tn = self.smp.metrics.get_stats(pred_mask.long(), mask.long(), mode="binary")
+        tp, fp, fn, tn = get_stats(pred_mask.long(), mask.long(), mode="binary")
         self.log(f"{stage}_loss", loss)
         return {"loss": loss, "tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
@@ -142,9 +143,11 @@ class SMPCitiesModel(SMPModel):
     """Several classes: Dice and smp's own cross-entropy, 255 ignored."""
 
     def __init__(self) -> None:
+        from segmentation_models_pytorch.losses import DiceLoss, SoftCrossEntropyLoss
+
         super().__init__("multiclass", 3)
-        self.dice = self.smp.losses.DiceLoss("multiclass", from_logits=True, ignore_index=255)
-        self.ce = self.smp.losses.SoftCrossEntropyLoss(smooth_factor=0.0, ignore_index=255)
+        self.dice = DiceLoss("multiclass", from_logits=True, ignore_index=255)
+        self.ce = SoftCrossEntropyLoss(smooth_factor=0.0, ignore_index=255)
 
     def shared_step(self, batch: Any, stage: str) -> dict[str, Tensor]:
         image, mask = batch

@@ -179,10 +179,11 @@ class M5(Optimized):
 
 
 def waves(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(N, 64): sines of three frequencies in noise."""
+    """(N, 64) and classes (N,): sines of three frequencies in noise, some labels wrong."""
     noise, y = points(count, seed, width=64)
     frequency = torch.tensor([0.2, 0.6, 1.4])[y]
-    return noise + 0.9 * torch.sin(frequency[:, None] * torch.arange(64)), y
+    slips = (noise[:, 0] > 0.8).long()
+    return noise + 0.9 * torch.sin(frequency[:, None] * torch.arange(64)), (y + slips) % 3
 
 
 class SpeechCommands(Stranger):
