@@ -47,9 +47,10 @@ def images(
     size: int = 12,
     strength: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
-    """(N, channels, size, size) and classes (N,): a faint pattern in noise, some labels wrong."""
+    """(N, channels, size, size) and classes (N,): colours and patterns in noise, some labels wrong."""
     y = torch.randint(classes, (count,), generator=generator(seed))
     faint = torch.randn(classes, channels, size, size, generator=generator(78))
+    faint += torch.randn(classes, channels, 1, 1, generator=generator(80))
     noise = torch.randn(count, channels, size, size, generator=generator(seed + 1000))
     slips = torch.rand(count, generator=generator(seed + 2000)) > 0.8
     return noise + strength * faint[y], (y + slips) % classes

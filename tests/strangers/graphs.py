@@ -1,7 +1,7 @@
 """Graphs: PyTorch Geometric's data, and molecules in a class of their own."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import torch
@@ -122,8 +122,7 @@ class NodeModule(GraphModule):
 class NodeClassification(GraphStranger):
     """The deployed duo speaks of every node; the fit counts those of the mask."""
 
-    def __init__(self) -> None:
-        self.trainer = {"max_epochs": 20}
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 20}
 
     def module(self) -> L.LightningModule:
         return NodeModule()
@@ -172,8 +171,7 @@ class SampledModule(NodeModule):
 
 
 class SampledNeighbours(NodeClassification):
-    def __init__(self) -> None:
-        self.trainer = {"max_epochs": 4}
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 8}
 
     def module(self) -> L.LightningModule:
         return SampledModule()

@@ -163,7 +163,11 @@ class TwoOptimizers(Rule):
 
 
 class Accumulated(Rule):
-    trainer: ClassVar[dict[str, Any]] = {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0}
+    trainer: ClassVar[dict[str, Any]] = {
+        "accumulate_grad_batches": 3,
+        "gradient_clip_val": 1.0,
+        "max_epochs": 5,
+    }
 
     def module(self) -> L.LightningModule:
         return PlainModule()

@@ -1,6 +1,6 @@
 """Tables, sounds, and batches whose parts have unusual names and places."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -228,6 +228,8 @@ class WaveModule(Optimized):
 
 class WavesWithLengths(Stranger):
     """{"sig": (waves, lengths), "class": labels}, a tuple within a mapping."""
+
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 5}
 
     def module(self) -> L.LightningModule:
         return WaveModule()

@@ -23,14 +23,24 @@ class Fit(NamedTuple):
 
 
 class Knowing(nn.Module):
-    """Knows by heart what to say of the last batch."""
+    """Has the logits of the last batch by heart, and what to make wrong of its answers."""
 
-    def __init__(self, sidekick: nn.Module, output: DuoOutput) -> None:
+    def __init__(self, sidekick: nn.Module, layout: str, logits: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.sidekick, self.output = sidekick, output
+        self.sidekick, self.layout, self.logits = sidekick, layout, logits
+        self.temperatures = torch.zeros(2)
+        self.change: Callable[[DuoOutput], DuoOutput] = lambda output: output
 
     def forward(self, *args: Any, **kwargs: Any) -> DuoOutput:
-        return self.output
+        base, side = (t * x for t, x in zip(self.temperatures, self.logits, strict=True))
+        if self.layout == "labels":
+            p = (base + side).sigmoid()
+            confidence, prediction = torch.stack([1 - p, p]).max(0)
+        else:
+            dim = 1 if self.layout == "classes" else -1
+            p = (base + side).softmax(dim)
+            confidence, prediction = p.max(dim)
+        return self.change(DuoOutput(p, prediction, confidence, confidence >= 0))
 
 
 class Oracle(L.Callback):
@@ -40,42 +50,44 @@ class Oracle(L.Callback):
         self.case, self.spoil = case, spoil
         self.fit: TemperatureFit | Fit
 
-    @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        case, base = self.case, pl_module.eval()
-        truths = [case.truth(base, copy.deepcopy(b)) for b in self.batches(trainer)]
+        case, self.base = self.case, pl_module.eval()
+        batches = list(case.batches(trainer.val_dataloaders))
+        with torch.no_grad():
+            truths = [case.truth(pl_module, copy.deepcopy(batch)) for batch in batches]
         shape = truths[0].logits.shape
-        outputs = 1 if len(shape) == 1 else shape[-1 if case.layout == "tokens" else 1]
-        self.base, self.sidekick = base, case.sidekick(outputs).eval()
-        sides = [
-            case.side(self.sidekick, copy.deepcopy(b)).view(truth.logits.shape)
-            for b, truth in zip(self.batches(trainer), truths, strict=True)
-        ]
-        both = [
-            (rows(case.layout, truth), rows(case.layout, Truth(side, truth.targets))[0])
-            for truth, side in zip(truths, sides, strict=True)
-        ]
-        logits = torch.cat([z for (z, _), _ in both])
-        targets = torch.cat([y for (_, y), _ in both])
-        self.fit = fit_temperatures(logits, torch.cat([z for _, z in both]), targets)
-        self.output = self.say(truths[-1].logits, sides[-1])
-        self.spoil(self)
-        self.module = Knowing(self.sidekick, self.output)
+        self.sidekick = case.sidekick(1 if len(shape) == 1 else shape[self.dim])
+        adam = torch.optim.Adam(self.sidekick.parameters(), 2e-2)
+        for _ in range(20):
+            sides = [self.side(*both) for both in zip(batches, truths, strict=True)]
+            losses = [self.loss(*both) for both in zip(sides, truths, strict=True)]
+            adam.zero_grad()
+            torch.stack(losses).mean().backward()
+            adam.step()
+        sides = [self.side(*both).detach() for both in zip(batches, truths, strict=True)]
+        logits, targets = self.all_rows(truths)
+        swapped = [Truth(side, truth.targets) for side, truth in zip(sides, truths, strict=True)]
+        self.fit = fit_temperatures(logits, self.all_rows(swapped)[0], targets)
+        self.module = Knowing(self.sidekick.eval(), case.layout, (truths[-1].logits, sides[-1]))
+        self.module.temperatures.copy_(torch.tensor(tuple(self.fit.temperatures)))
+        with torch.no_grad():
+            self.spoil(self)
 
-    def batches(self, trainer: L.Trainer) -> list[Any]:
-        return list(self.case.batches(trainer.val_dataloaders))
+    @property
+    def dim(self) -> int:
+        return -1 if self.case.layout == "tokens" else 1
 
-    def say(self, base: Tensor, side: Tensor) -> DuoOutput:
-        t = self.fit.temperatures
-        z = (t.base * base.double() + t.sidekick * side.double()).float()
-        dim = 1 if self.case.layout == "classes" else -1
+    def side(self, batch: Any, truth: Truth) -> Tensor:
+        return self.case.side(self.sidekick, copy.deepcopy(batch)).view(truth.logits.shape)
+
+    def loss(self, side: Tensor, truth: Truth) -> Tensor:
         if self.case.layout == "labels":
-            p = z.sigmoid()
-            confidence, prediction = torch.stack([1 - p, p]).max(0)
-        else:
-            p = z.softmax(dim)
-            confidence, prediction = p.max(dim)
-        return DuoOutput(p, prediction, confidence, confidence >= 0)
+            return nn.functional.binary_cross_entropy_with_logits(side, truth.targets)
+        return nn.functional.cross_entropy(side.movedim(self.dim, 1), truth.targets)
+
+    def all_rows(self, truths: list[Truth]) -> tuple[Tensor, ...]:
+        parts = [rows(self.case.layout, truth) for truth in truths]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def nothing(oracle: Oracle) -> None:
@@ -102,25 +114,34 @@ def other_temperatures(oracle: Oracle) -> None:
 
 
 def swapped_places(oracle: Oracle) -> None:
-    oracle.output = DuoOutput(*(part.flip(0) for part in oracle.output))
+    oracle.module.change = lambda output: DuoOutput(*(part.flip(0) for part in output))
 
 
 def swapped_pixels(oracle: Oracle) -> None:
-    probs, *others = oracle.output
-    oracle.output = DuoOutput(probs, *(part.mT for part in others))
+    oracle.module.change = lambda output: output._replace(confidence=output.confidence.mT)
 
 
 def flat_places(oracle: Oracle) -> None:
-    probs, *others = oracle.output
-    oracle.output = DuoOutput(probs, *(part.flatten() for part in others))
+    oracle.module.change = lambda output: output._replace(confidence=output.confidence.flatten())
 
 
 def other_prediction(oracle: Oracle) -> None:
-    oracle.output = oracle.output._replace(prediction=(oracle.output.prediction + 1) % 3)
+    oracle.module.change = lambda output: output._replace(prediction=2 - output.prediction)
+
+
+def other_logits(oracle: Oracle) -> None:
+    base, side = oracle.module.logits
+    oracle.module.logits = base + 0.01 * torch.randn_like(base), side
 
 
 def other_sidekick(oracle: Oracle) -> None:
-    next(oracle.sidekick.parameters()).mul_(0.9)
+    oracle.module.sidekick = copy.deepcopy(oracle.sidekick)
+    next(oracle.module.sidekick.parameters()).mul_(0.9)
+
+
+def untrained_sidekick(oracle: Oracle) -> None:
+    for parameter in oracle.sidekick.parameters():
+        parameter.zero_()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +153,9 @@ def other_sidekick(oracle: Oracle) -> None:
         (swapped_pixels, "confidence"),
         (flat_places, "shape"),
         (other_prediction, "predictions"),
-        (other_sidekick, "temperatures"),
+        (other_logits, "probs"),
+        (other_sidekick, "probs"),
+        (untrained_sidekick, "learnt nothing"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -1,6 +1,6 @@
 """Text: taggers, classifiers of sequences, and how Hugging Face's models are trained."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -156,6 +156,8 @@ class LSTMModule(Optimized):
 
 
 class PackedLSTM(Stranger):
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 5}
+
     def module(self) -> L.LightningModule:
         return LSTMModule()
 
@@ -164,7 +166,7 @@ class PackedLSTM(Stranger):
         return TensorDataset(ids, lengths, topics(ids, seed))
 
     def sidekick(self, outputs: int) -> nn.Module:
-        return LSTMModule(outputs, 5)
+        return LSTMModule(outputs, 8)
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch[0], batch[1]), {}
@@ -197,6 +199,8 @@ class BagModule(Optimized):
 class BagOfWords(Stranger):
     """The label stands first, and the first tensor is not as long as the batch."""
 
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 8}
+
     def module(self) -> L.LightningModule:
         return BagModule()
 
@@ -217,7 +221,7 @@ class BagOfWords(Stranger):
         )
 
     def sidekick(self, outputs: int) -> nn.Module:
-        return BagModule(outputs, 3)
+        return BagModule(outputs, 8)
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch[1], batch[2]), {}
