@@ -50,6 +50,7 @@ PICKS: dict[Callable[..., Any], int] = {
     F.one_hot: 0,
 }
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+REDUCTIONS = (torch.sum, Tensor.sum, torch.mean, Tensor.mean)
 RECENT = 64  # calls of modules deep inside others that are remembered
 OUTER = 2  # levels of modules whose calls are all remembered
 
@@ -103,6 +104,7 @@ class LossMode(TorchFunctionMode):
         super().__init__()
         self.losses: list[Loss] = []
         self.terms: list[Tensor] = []  # what the losses returned
+        self.all_count: set[int] = set()  # losses all of whose terms are summed up
         self.soft: deque[tuple[Kind | None, Tensor, Tensor]] = deque(maxlen=16)
         self.picked: deque[Tensor] = deque(maxlen=16)
 
@@ -130,6 +132,8 @@ class LossMode(TorchFunctionMode):
             self._note_product(*reversed(args))
         elif func is Tensor.__getitem__:
             self._note_part(*args)
+        elif func in REDUCTIONS:
+            self.all_count.update(i for i, terms in enumerate(self.terms) if args[0] is terms)
         return result
 
     def _note_product(self, one: Any, other: Any) -> None:
@@ -138,7 +142,7 @@ class LossMode(TorchFunctionMode):
             return
         for i, terms in enumerate(self.terms):
             if one is terms and terms.ndim and other.shape == terms.shape:
-                self.losses[i] = self.losses[i]._replace(counts=other)
+                self._count(i, other)
         soft = any(one is found and kind == "classes" for kind, _, found in self.soft)
         if soft and one.shape == other.shape:
             self.picked.append(other.abs())
@@ -149,7 +153,13 @@ class LossMode(TorchFunctionMode):
             self.picked += [part[-1]]
         for i, terms in enumerate(self.terms):
             if whole is terms and isinstance(part, Tensor) and part.shape == terms.shape:
-                self.losses[i] = self.losses[i]._replace(counts=part)
+                self._count(i, part)
+
+    def _count(self, number: int, weights: Tensor) -> None:
+        """Note which terms of a loss are weighted or picked, beside those that were before."""
+        before, now = self.losses[number].counts, weights != 0
+        now = now if before is None else now | before
+        self.losses[number] = self.losses[number]._replace(counts=now)
 
     def note(self, loss: Loss) -> None:
         """Keep a loss."""
@@ -158,7 +168,11 @@ class LossMode(TorchFunctionMode):
     def found(self) -> list[Loss]:
         """The losses; where there are none, those that were probably made by hand."""
         if self.losses:
-            return self.losses
+            # Terms that are picked here and summed up as a whole there all count.
+            return [
+                loss._replace(counts=None) if i in self.all_count else loss
+                for i, loss in enumerate(self.losses)
+            ]
         picked = [t for t in self.picked if isinstance(t, Tensor)]
         found = []
         for kind, x, _ in reversed(self.soft):

@@ -23,7 +23,7 @@ def pixel_net(outputs: int, channels: int = 3, width: int = 8) -> nn.Sequential:
 class Scenes(Stranger):
     """Images (N, 3, 8, 8) and masks (N, 8, 8) of three classes."""
 
-    sizes = (96, 48, 16)
+    sizes, rate = (96, 48, 16), 0.1
 
     def data(self, count: int, seed: int) -> Dataset:
         return TensorDataset(*scenes(count, seed))
@@ -313,7 +313,7 @@ class VolumeModule(Optimized):
 
 
 class Volumes(Stranger):
-    sizes = (48, 24, 8)
+    sizes, rate = (48, 24, 8), 0.1
 
     def module(self) -> L.LightningModule:
         return VolumeModule()

@@ -267,7 +267,7 @@ class MoleculeModule(Optimized):
 
 
 class Molecules(Stranger):
-    layout = "labels"
+    layout, rate = "labels", 0.05
 
     def module(self) -> L.LightningModule:
         return MoleculeModule()

@@ -59,6 +59,8 @@ class Stranger:
     """What the validation logs, the mean over batches of `value`."""
     higher_is_better: ClassVar[bool] = False
     """Of what it logs."""
+    rate: ClassVar[float] = 1e-2
+    """At which the sidekick learns."""
     sizes: ClassVar[tuple[int, int, int]] = (192, 96, 16)
     """Samples to train, to validate, of a batch."""
 
@@ -76,7 +78,11 @@ class Stranger:
 
     def arguments(self) -> dict[str, Any]:
         """Of `DuoCallback`."""
-        return {"sidekick": self.sidekick}
+        return {"sidekick": self.sidekick, "optimizer": self.optimizer}
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """Of the sidekick, which is to learn something in two epochs."""
+        return torch.optim.Adam(parameters, self.rate)
 
     def loaders(self) -> tuple[Any, Any]:
         """To train and to validate."""
