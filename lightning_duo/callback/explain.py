@@ -411,7 +411,7 @@ def learn(
     chosen = _chosen(heads, head, seen)
     if chosen[0].match is None:
         return _of_the_step(chosen, seen, taken, base)
-    return _of_a_module(chosen, taken, base, training=training)
+    return _of_a_module(chosen, seen.calls, taken, base, training=training)
 
 
 def _distinct(losses: Sequence[Loss]) -> list[Loss]:
@@ -497,8 +497,18 @@ class _Target(NamedTuple):
     """Which rows of the logits they are for; None for all."""
 
 
+def _number(calls: Sequence[Called], called: Called) -> int:
+    """Which of several calls this is."""
+    return next(i for i, one in enumerate(calls) if one is called)
+
+
 def _of_a_module(
-    chosen: list[Found], taken: Taken, base: nn.Module, *, training: bool
+    chosen: list[Found],
+    calls: Sequence[Called],
+    taken: Taken,
+    base: nn.Module,
+    *,
+    training: bool,
 ) -> tuple[Reading, list[Example]]:
     every = [
         _target_of(found, found.match, taken, training=training)
@@ -508,6 +518,8 @@ def _of_a_module(
     every = [one for one in every if one.piece.targets is not None] or every
     first = every[0]
     called, task = first.match.called, first.task
+    mine = [one for one in calls if one.name == called.name]
+    pieces = [replace(o.piece, number=_number(mine, o.match.called)) for o in every]
     refuse([one.found.loss for one in every], [one.piece for one in every], called.call)
     labels = _labels(called.call, [one.values for one in every], [o.piece for o in every], taken)
     part = base.get_submodule(called.name) if called.name else base
@@ -515,7 +527,8 @@ def _of_a_module(
         called.name,
         first.match.at,
         task,
-        tuple(one.piece for one in every),
+        tuple(pieces),
+        len(mine),
         labels,
         _positional(part),
         taken.parts_of(called.call),
@@ -523,8 +536,8 @@ def _of_a_module(
         options=_options(first.found.loss),
     )
     examples = []
-    for one in every:
-        output, piece = one.match.output.detach(), one.piece
+    for one, piece in zip(every, pieces, strict=True):
+        output = one.match.output.detach().as_subclass(Tensor)
         if piece.targets is None:
             targets = in_places(one.values, one.rows, output, task)
         else:
@@ -603,12 +616,13 @@ def with_targets(reading: Reading, calls: Sequence[Called], taken: Taken) -> Rea
     """
     if all(piece.targets is not None for piece in reading.pieces):
         return reading
-    mine = [called for called in calls if called.name == reading.module][-1:]
-    for called in mine:
-        logits = tensor_at(called.output, reading.logits_at)
-        _, piece = _only_targets(logits, reading.task, taken)
-        return replace(reading, pieces=(piece,))
-    raise LookupError(f"the step does not call {reading.name}")
+    mine = [called for called in calls if called.name == reading.module]
+    if not mine:
+        raise LookupError(f"the step does not call {reading.name}")
+    logits = tensor_at(mine[-1].output, reading.logits_at)
+    _, piece = _only_targets(logits, reading.task, taken)
+    piece = replace(piece, number=len(mine) - 1)
+    return replace(reading, pieces=(piece,), calls=len(mine))
 
 
 def _one_hot_inside(loss: Loss, match: Match, taken: Taken) -> tuple[Piece, Task, Tensor] | None:
@@ -678,6 +692,7 @@ def _of_the_step(
         (),
         task,
         (piece,),
+        len([called for called in seen.calls if called.name == inputs.name]),
         labels,
         _positional(part),
         taken.parts_of(inputs.call),

@@ -52,6 +52,8 @@ class Piece:
     """What the step adds to the targets."""
     mask: Path | None = None
     """Where in the batch it is said which rows count; all of them by default."""
+    number: int = 0
+    """Which of the calls of its module in a step it is of."""
 
     def items(self, batch: Any, logits: Tensor) -> Tensor | None:
         """Which item each entry of the logits is a view of; None where there is one of each."""
@@ -97,7 +99,9 @@ class Reading:
     """Where in its output they are."""
     task: Task
     pieces: tuple[Piece, ...]
-    """One for each of its calls in a step."""
+    """One for each of its calls in a step that count."""
+    calls: int = 1
+    """How many calls of it a step makes."""
     labels: tuple[Path, ...] = ()
     """Arguments of the call that hold the targets: ("kwargs", "labels"), say."""
     names: tuple[str, ...] = ()
@@ -121,7 +125,8 @@ class Reading:
     @property
     def same_for(self) -> tuple[Any, ...]:
         """What two readings of one kind of step share, whatever their batches."""
-        return self.module, self.logits_at, self.task, self.pieces, self.labels, self.whole
+        where = self.module, self.logits_at, self.calls
+        return *where, self.task, self.pieces, self.labels, self.whole
 
     def read(self, calls: Sequence[Called], batch: Any) -> list[Example]:
         """Read a step whose calls of the module were seen.
@@ -130,12 +135,13 @@ class Reading:
             LookupError: If the step did something else than what was learnt.
         """
         mine = [called for called in calls if called.name == self.module]
-        if len(mine) != len(self.pieces):
+        if len(mine) != self.calls:
             raise LookupError(
-                f"the step calls {self.name} {len(mine)} times, not {len(self.pieces)} as before"
+                f"the step calls {self.name} {len(mine)} times, not {self.calls} as before"
             )
         examples = []
-        for piece, called in zip(self.pieces, mine, strict=True):
+        for piece in self.pieces:
+            called = mine[piece.number]
             logits = tensor_at(called.output, self.logits_at)
             targets = piece.read(batch, logits, self.task)
             part = (piece.targets or ())[:1] if len(self.pieces) > 1 else ()
@@ -208,8 +214,10 @@ class Reading:
             "logits_at": list(self.logits_at),
             "task": task_state(self.task),
             "pieces": [
-                [_listed(p.targets), p.spread, p.offset, _listed(p.mask)] for p in self.pieces
+                [_listed(p.targets), p.spread, p.offset, _listed(p.mask), p.number]
+                for p in self.pieces
             ],
+            "calls": self.calls,
             "labels": [list(path) for path in self.labels],
             "names": list(self.names),
             "template": None
@@ -228,7 +236,8 @@ class Reading:
             state["module"],
             tuple(state["logits_at"]),
             task_from_state(state["task"]),
-            tuple(Piece(_path(t), s, o, _path(m)) for t, s, o, m in state["pieces"]),
+            tuple(Piece(_path(t), s, o, _path(m), n) for t, s, o, m, n in state["pieces"]),
+            state["calls"],
             tuple(tuple(path) for path in state["labels"]),
             tuple(state["names"]),
             None if template is None else tuple((tuple(a), tuple(b)) for a, b in template),
@@ -256,6 +265,7 @@ def tensor_at(output: Any, path: Path) -> Tensor:
     found = at(output, path[:-1] if picked else path)
     if not isinstance(found, Tensor) or (picked and found.ndim < 3):
         raise LookupError(f"the output has no tensor at {path_text(path) or 'its top'}")
+    found = found.as_subclass(Tensor)  # one with metadata would carry them along
     return found[:, PICKED[str(picked)]] if picked else found
 
 
@@ -273,6 +283,7 @@ def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Ten
     places = places_of(logits, task)
     if not isinstance(leaf, Tensor):
         return None
+    leaf = leaf.as_subclass(Tensor)
     if spread:
         times, rest = divmod(places.numel(), max(1, leaf.numel()))
         if rest or leaf.ndim != 1:

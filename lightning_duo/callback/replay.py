@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_duo.callback.guess import plain_logits
 from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.watch import Loss, LossMode
 from lightning_duo.isolation import unnoticed
@@ -55,12 +56,14 @@ class StepLogits(nn.Module):
         positional = [0] if len(names) > 1 and not rest else []
         try:
             with unnoticed(self.module), mode:
-                step(batch, *positional, **rest)
+                returned = plain_logits(step(batch, *positional, **rest))
         except _LossReached:
             return mode.losses[-1].logits
+        if returned is not None:
+            return returned
         raise ValueError(
-            f"the validation step of {type(self.module).__name__} computes no loss of logits with "
-            f"{self.outputs} outputs from this batch; give it a batch as in validation"
+            f"the validation step of {type(self.module).__name__} neither computes a loss of "
+            f"logits with {self.outputs} outputs from this batch nor returns them; give it a batch as in validation"
         )
 
     def _is_wanted(self, loss: Loss) -> bool:

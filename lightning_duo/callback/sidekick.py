@@ -273,9 +273,11 @@ def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Tas
         try:
             logits = logits_like(base, output, logits_at)
         except ValueError as error:
+            found = logits_in(output, logits_at, fewest=base.ndim + 1)
             raise ValueError(
-                f"{error}: give the sidekick a head with {task.outputs(base)} outputs, or pass a "
-                "name or a callable num_classes -> nn.Module"
+                f"the sidekick gives logits {() if found is None else tuple(found.shape)} but the "
+                f"base {tuple(base.shape)}: give it a head with {task.outputs(base)} outputs, or "
+                "pass a name or a callable num_classes -> nn.Module"
             ) from error
     if logits is None:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -35,6 +35,8 @@ class Learnt:
     """Whether the logits depend on the labels that the call was given; None: not known yet."""
     kind: Kind | None = None
     """Of the loss."""
+    reruns: bool = False
+    """Whether the base has to run once more for its logits, as the step does not call it so."""
     targets_at: Path | None = None
     """Where in the batch the targets are, for a user who tells the logits only."""
 
@@ -111,6 +113,8 @@ class Step:
             found = self._look(outputs)
         elif self.learnt.reading is not None and self.learnt.reading.guessed:
             found = self._without_loss(outputs, None)
+        elif self.learnt.reruns:
+            found = self._without_loss(outputs, self.learnt.reading)
         else:
             found = self._replay()
         self._before.check(self.module, found)
@@ -188,12 +192,15 @@ class Step:
 
     def _without_loss(self, outputs: Any, known: Reading | None) -> list[Example]:
         calls, batch = self._watch.seen.calls, self.taken.batch
-        if known is not None and known.whole:
-            raise ValueError(
-                f"the {self.stage} step computes no loss, and only the step of the training makes "
-                f"the logits, from what {known.name} gives; {REMEDY}"
-            )
         if known is not None:
+            returned = self._returned(outputs, known)
+            if returned is not None:
+                return returned
+            if known.whole:
+                raise ValueError(
+                    f"the {self.stage} step computes no loss and returns no logits, and only the "
+                    f"step makes them, from what {known.name} gives; {REMEDY}"
+                )
             try:
                 reading = with_targets(known, calls, self.taken)
                 examples = reading.read(calls, batch)
@@ -214,12 +221,36 @@ class Step:
         guess = Guess(self.module, batch, self.options, self.messages, first=self.fresh)
         return self._guessed(guess, outputs, None)
 
+    def _returned(self, outputs: Any, known: Reading) -> list[Example] | None:
+        """Logits that a step without a loss returns by that name, or makes itself."""
+        logits = plain_logits(outputs)
+        if logits is None or (isinstance(outputs, Tensor) and not known.whole):
+            return None
+        try:
+            call = known.call_of(self.taken.batch)
+            targets = known.pieces[0].read(self.taken.batch, logits, known.task)
+        except LookupError:
+            return None
+        self.learnt.reading = known
+        if not known.whole and self.messages.first("logits compared"):
+            own = [c.output for c in self._watch.seen.calls if c.name == known.module]
+            found = [logits_in(output, known.logits_at) for output in own]
+            if not any(_close(one, logits) for one in found):
+                self.messages.warn(
+                    f"the {self.stage} step returns other logits {tuple(logits.shape)} than "
+                    f"{known.name}, which the duo will call, gives for the same inputs; what it "
+                    "returns is taken for the base's logits. Pass DuoCallback(..., "
+                    "logits_fn=lambda module, inputs: ...) that gives the logits which are meant"
+                )
+        return [Example(call, logits.detach(), targets)]
+
     def _elsewhere(self, known: Reading) -> tuple[Reading, list[Example]]:
         """Logits of another module, such as an average, or of one more forward."""
         for called in reversed(self._watch.seen.calls):
             if called.name == known.module or self.taken.parts_of(called.call) is None:
                 continue
-            reading = replace(known, module=called.name, pieces=known.pieces[:1])
+            first = replace(known.pieces[0], number=0)
+            reading = replace(known, module=called.name, pieces=(first,), calls=1)
             try:
                 return reading, reading.read([called], self.taken.batch)
             except (LookupError, ValueError):
@@ -238,7 +269,8 @@ class Step:
             "its logits",
             once="extra forward",
         )
-        return known, [Example(call, logits, targets, ())]
+        self.learnt.reruns = True
+        return known, [Example(call, logits, targets)]
 
     def _logits_of(self, reading: Reading, call: Call) -> Tensor:
         """What the module that a reading names gives for a call, in eval mode."""

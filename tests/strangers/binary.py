@@ -4,8 +4,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from strangers.byhand import Truth
 from strangers.data import Records, labels, points
-from strangers.judge import Stranger, Truth
+from strangers.judge import Stranger
 from strangers.models import Optimized, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -47,7 +47,7 @@ def images(
     size: int = 12,
     strength: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
-    """(N, channels, size, size) and classes (N,): colours and patterns in noise, some labels wrong."""
+    """(N, channels, size, size) and classes (N,): faint colours in noise, some labels wrong."""
     y = torch.randint(classes, (count,), generator=generator(seed))
     faint = torch.randn(classes, channels, size, size, generator=generator(78))
     faint += torch.randn(classes, channels, 1, 1, generator=generator(80))
@@ -57,13 +57,19 @@ def images(
 
 
 def scenes(
-    count: int, seed: int, *, classes: int = 3, channels: int = 3, size: tuple[int, ...] = (8, 8)
+    count: int,
+    seed: int,
+    *,
+    classes: int = 3,
+    channels: int = 3,
+    size: tuple[int, ...] = (8, 8),
+    noise: float = 1.5,
 ) -> tuple[Tensor, Tensor]:
     """(N, channels, *size) and classes (N, *size): each pixel's colour is that of its class."""
     y = torch.randint(classes, (count, *size), generator=generator(seed))
     colours = torch.randn(classes, channels, generator=generator(79))
     x = colours[y].movedim(-1, 1)
-    return x + 1.5 * torch.randn(x.shape, generator=generator(seed + 1000)), y
+    return x + noise * torch.randn(x.shape, generator=generator(seed + 1000)), y
 
 
 def sentences(

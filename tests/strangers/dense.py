@@ -1,12 +1,13 @@
 """Masks and volumes: a decision at every pixel."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from strangers.binary import bce
+from strangers.byhand import IGNORED, Truth, nll, plain, rows
 from strangers.data import Records, scenes
-from strangers.judge import IGNORED, Stranger, Truth, nll, plain, rows
+from strangers.judge import Stranger
 from strangers.models import Optimized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,8 @@ def pixel_net(outputs: int, channels: int = 3, width: int = 8) -> nn.Sequential:
 class Scenes(Stranger):
     """Images (N, 3, 8, 8) and masks (N, 8, 8) of three classes."""
 
-    sizes, rate = (96, 48, 16), 0.1
+    sizes = (96, 48, 16)
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 8}
 
     def data(self, count: int, seed: int) -> Dataset:
         return TensorDataset(*scenes(count, seed))
@@ -313,13 +315,14 @@ class VolumeModule(Optimized):
 
 
 class Volumes(Stranger):
-    sizes, rate = (48, 24, 8), 0.1
+    sizes = (48, 24, 8)
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 8}
 
     def module(self) -> L.LightningModule:
         return VolumeModule()
 
     def data(self, count: int, seed: int) -> Dataset:
-        x, y = scenes(count, seed, channels=1, size=(4, 6, 6))
+        x, y = scenes(count, seed, channels=1, size=(4, 6, 6), noise=0.5)
 
         def record(image: Tensor, label: Tensor) -> dict[str, Tensor]:
             about = {"filename": "a.nii.gz"}
@@ -328,7 +331,7 @@ class Volumes(Stranger):
         return Records(x, y, make=record)
 
     def sidekick(self, outputs: int) -> nn.Module:
-        return nn.Conv3d(1, outputs, 1)
+        return nn.Conv3d(1, outputs, 3, padding=1)
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch["image"],), {}

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 import lightning as L
 import torch
 from strangers.binary import bce
+from strangers.byhand import IGNORED, Truth
 from strangers.data import generator, labels
-from strangers.judge import IGNORED, Stranger, Truth
+from strangers.judge import Stranger
 from strangers.models import Optimized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -267,7 +268,8 @@ class MoleculeModule(Optimized):
 
 
 class Molecules(Stranger):
-    layout, rate = "labels", 0.05
+    layout = "labels"
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 5}
 
     def module(self) -> L.LightningModule:
         return MoleculeModule()

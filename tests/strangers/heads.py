@@ -4,8 +4,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from strangers.byhand import nll
 from strangers.data import points
-from strangers.judge import Stranger, nll
+from strangers.judge import Stranger
 from strangers.losses import Rule
 from strangers.models import Optimized, mlp
 from torch import Tensor, nn

@@ -5,9 +5,9 @@ from typing import Any
 import lightning as L
 import torch
 from strangers.binary import bce
+from strangers.byhand import IGNORED, nll, plain, rows
 from strangers.data import Records, points, scenes
 from strangers.dense import PetMasks, PetModel, Scenes, Volumes, pixel_net
-from strangers.judge import IGNORED, nll, plain, rows
 from strangers.losses import Rule
 from strangers.models import Optimized, mlp
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ class MONAIVolumes(Volumes):
             return {"image": MetaTensor(image), "label": MetaTensor(label[None])}
 
         train, val = (
-            Records(*scenes(count, seed, channels=1, size=(4, 6, 6)), make=record)
+            Records(*scenes(count, seed, channels=1, size=(4, 6, 6), noise=0.5), make=record)
             for count, seed in ((48, 1), (24, 2))
         )
         return (

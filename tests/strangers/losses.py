@@ -4,8 +4,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from strangers.byhand import Truth, nll, rows
 from strangers.data import Records, labels, points
-from strangers.judge import Stranger, Truth, nll, rows
+from strangers.judge import Stranger
 from strangers.models import Optimized, mlp
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from strangers.byhand import Truth
 from strangers.data import Records, points
-from strangers.judge import Stranger, Truth
+from strangers.judge import Stranger
 from strangers.losses import Rule
 from strangers.models import Optimized, mlp
 from torch import Tensor, nn

@@ -8,8 +8,9 @@ import lightning as L
 import pytest
 import torch
 from strangers.binary import LogitColumn
+from strangers.byhand import Truth, rows
 from strangers.dense import EnlargedInTheStep, VoidPixels
-from strangers.judge import Stranger, Truth, fault_of_refusal, faults, rows
+from strangers.judge import Stranger, fault_of_refusal, faults
 from strangers.losses import Gathered, OneHot
 from strangers.refused import Regression
 from strangers.text import Tagger

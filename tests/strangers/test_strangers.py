@@ -55,6 +55,7 @@ def make_callback(**arguments: Any) -> DuoCallback:
     """A sidekick that starts from nothing and learns something in two epochs."""
     recipe = {
         "probe": 0,
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, 1e-2),
         "lr_scheduler": lambda opt: torch.optim.lr_scheduler.ConstantLR(opt, 1.0),
         "summary": False,
     }

@@ -4,8 +4,9 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from strangers.byhand import IGNORED
 from strangers.data import points, sentences, topics
-from strangers.judge import IGNORED, Stranger
+from strangers.judge import Stranger
 from strangers.models import Optimized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,7 +157,7 @@ class LSTMModule(Optimized):
 
 
 class PackedLSTM(Stranger):
-    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 5}
+    sizes = (512, 96, 16)
 
     def module(self) -> L.LightningModule:
         return LSTMModule()
