@@ -63,7 +63,8 @@ class StepLogits(nn.Module):
             return returned
         raise ValueError(
             f"the validation step of {type(self.module).__name__} neither computes a loss of "
-            f"logits with {self.outputs} outputs from this batch nor returns them; give it a batch as in validation"
+            f"logits with {self.outputs} outputs from this batch nor returns them; give "
+            "it a batch as in validation"
         )
 
     def _is_wanted(self, loss: Loss) -> bool:

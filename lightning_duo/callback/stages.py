@@ -154,7 +154,8 @@ class Stage(ABC):
         logits = sidekick_logits(output, base, reading.logits_at, task)
         sidekick.look(logits, task)
         theirs = run.with_member(task).rows(logits, example.targets, "sidekick")
-        run.example = one_sample(example.call, len(base)) or run.example
+        if not reading.whole:  # else a part of the base is not all that it costs
+            run.example = one_sample(example.call, len(base)) or run.example
         assert rows.targets is not None
         if rows.items is not None or example.items is not None:
             check_independent(run.options.delta)

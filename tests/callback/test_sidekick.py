@@ -10,13 +10,12 @@ import timm
 import torch
 import torchvision
 from helpers import TRAIN, VAL, Classifier, digest, loader, make_trainer, small_net
-from runs import make_duo
+from runs import fitted, make_duo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_duo import DuoCallback
 from lightning_duo.callback.inputs import input_transform
-from lightning_duo.callback.sidekick import sidekick_logits
 from lightning_duo.zoo import build_sidekick, head_parameters
 
 X = torch.randn(2, 3, 64, 64)
@@ -160,15 +159,26 @@ def test_inputs_are_resized_for_a_model_of_one_size() -> None:
 
 
 def test_a_sidekick_that_gives_no_logits_is_named() -> None:
-    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*\(2, 3, 64, 64\)"):
-        sidekick_logits(nn.Identity(), X)
-
     class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple:
-            return (x, x)
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.net = small_net(classes)
 
-    with pytest.raises(ValueError, match=r"sidekick .*\(N, K\).*tuple"):
-        sidekick_logits(Pair(), X)
+        def forward(self, x: Tensor) -> tuple:
+            return (self.net(x), x)
+
+    for sidekick, said in ((lambda _: nn.Identity(), r"\(16, 3, 8, 8\)"), (Pair, "tuple")):
+        with pytest.raises(ValueError, match=f"the sidekick .*{said}"):
+            fitted(make_duo(sidekick))
+
+
+def test_a_sidekick_that_ends_in_softmax_is_refused() -> None:
+    def probabilities(classes: int) -> nn.Module:
+        return nn.Sequential(small_net(classes), nn.Softmax(dim=1))
+
+    with pytest.raises(ValueError, match=r"sidekick gives probabilities .* take the softmax off"):
+        fitted(make_duo(probabilities))
+    assert fitted(make_duo(lambda classes: probabilities(classes)[0])).duo.fit is not None
 
 
 @pytest.mark.parametrize("name", ["levit_128s", "repvit_m1", "caformer_s18", "resnet10t"])

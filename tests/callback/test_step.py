@@ -11,9 +11,10 @@ from helpers import TEST, TRAIN, VAL, Classifier, as_mapping, loader, make_train
 from runs import INFO, check_duo, compare, fitted, logits_of, make_duo
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_duo import DuoCallback
+from lightning_duo.tasks import Labels
 
 
 def validated(module: L.LightningModule, *beside: L.Callback, **options: object) -> DuoCallback:
@@ -59,14 +60,11 @@ class NeverForward(Counted):
     validation_step = training_step
 
 
-def test_a_step_without_forward_costs_one_more_and_leaves_the_mode(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_step_without_forward_costs_none(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", INFO):
         duo, module, _ = compare(NeverForward, num_sanity_val_steps=0)
-    # Of the first training batch, of every validation batch, and to count the FLOPs.
-    assert module.calls == 1 + 2 * 5 + 1
-    assert caplog.text.count('return {"logits": ...}') == 1
+    assert module.calls == 0
+    assert caplog.text.count("base: self.net(batch[0]); targets: batch[1]") == 1
     check_duo(duo, module)
 
 
@@ -261,69 +259,67 @@ class Averages(Classifier):
         return {"logits": (self(batch[0]) + 3 * self(batch[0].flip(-1))) / 4}
 
 
-@pytest.mark.parametrize(
-    ("module", "logits", "said"),
-    [
-        (ReturnsFeatures, lambda module, x: module(x), "forward's are taken"),
-        (ForwardGivesFeatures, lambda module, x: module.logits(x), "it returns is taken"),
-        (NarrowFeatures, lambda module, x: module.head(module(x)), "it returns is taken"),
-        (
-            Averages,
-            lambda module, x: (module(x) + 3 * module(x.flip(-1))) / 4,
-            "it returns is taken",
-        ),
-    ],
-)
-def test_a_step_that_returns_other_logits_than_its_forward(
-    module: type, logits: Callable, said: str
-) -> None:
-    order = VAL.tensors[1].argsort()  # the first batch holds few of the classes
-    ordered = TensorDataset(*(part[order] for part in VAL.tensors))
-    with pytest.warns(UserWarning, match=f"other logits .* {said}.*logits_fn") as warned:
-        duo, base, _ = fitted(None, module(), val=loader(ordered))
+def test_logits_that_a_step_returns_by_name_count_where_it_has_no_loss() -> None:
+    with pytest.warns(UserWarning, match="returns other logits .*logits_fn") as warned:
+        duo, base, _ = fitted(None, Averages())
     assert sum("other logits" in str(w.message) for w in warned) == 1
     base.eval()
-    check_base(duo, logits_of(lambda x: logits(base, x), ordered))
+    check_base(duo, logits_of(lambda x: (base(x) + 3 * base(x.flip(-1))) / 4))
+
+
+@pytest.mark.parametrize(
+    ("module", "logits"),
+    [
+        (ReturnsFeatures, lambda module, x: module(x)),
+        (ForwardGivesFeatures, lambda module, x: module.logits(x)),
+        (NarrowFeatures, lambda module, x: module.head(module(x))),
+    ],
+)
+def test_features_are_not_taken_for_logits(module: type, logits: Callable) -> None:
+    """Whichever of the two the step returns, or its forward gives."""
+    duo, base, _ = fitted(None, module())
+    base.eval()
+    check_base(duo, logits_of(lambda x: logits(base, x)))
+    with torch.no_grad():
+        x, y = VAL.tensors[0][:16], VAL.tensors[1][:16]
+        z = [logits(base, x), duo.sidekick.eval()(x)]
+        want = sum(t * z for t, z in zip(duo.fit.temperatures, z, strict=True)).softmax(1)
+        found = duo.module(x) if module is ReturnsFeatures else duo.module([x, y])
+    torch.testing.assert_close(found.probs, want, atol=1e-5, rtol=1e-4)
 
 
 # ---- models that cannot be ----
 
 
-PAD = r"\(0, z\).*logits_fn=lambda.*pad"
-
-
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (lambda z: z[:, 0], rf"\(16,\).*{PAD}"),
-        (lambda z: z[:, :1], rf"\(16, 1\).*{PAD}"),
-        (lambda z: z[:, :, None, None].expand(-1, -1, 2, 2), r"\(16, 4, 2, 2\).*segmentation"),
-        (lambda z: z[:8], r"\(16, K\).*torch.float32 tensor \(8, 4\)"),
-        (lambda z: z.argmax(1), r"floating-point .*\(N, K\).*int64"),
+        (lambda z: z[:, 0], r"logits \(16,\).*task=lightning_duo\.tasks\.Labels\(\)"),
+        (lambda z: z[:, :1], r"logits \(16, 1\).*task=lightning_duo\.tasks\.Labels\(\)"),
+        (lambda z: z[:, :, None, None].expand(-1, -1, 2, 2), r"\(16, 4, 2, 2\).*pixel"),
+        (lambda z: z[:8], r"\(8, 4\).*\(16,\)"),
+        (lambda z: z.argmax(1), "floating-point .*int64"),
         (lambda z: {"scores": z}, r"dict; pass DuoCallback\(.*logits_fn"),
         (lambda z: (z, 0), r"tuple; pass DuoCallback\(.*logits_fn"),
     ],
 )
 def test_logits_that_cannot_be_say_what_to_do(shape: Callable, message: str) -> None:
+    """Where no loss tells: two trained models, and a step that only calls its forward."""
+
     class Shaped(Classifier):
         def forward(self, x: torch.Tensor) -> object:
             return shape(self.net(x))
-
-        def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
-            self(batch[0])
-            return self.net(batch[0]).mean()
 
         def validation_step(self, batch: list, batch_idx: int) -> None:
             self(batch[0])
 
     with pytest.raises(ValueError, match=message):
-        fitted(None, Shaped())
-    if message.endswith("pad"):  # the way out that it names
-        duo = make_duo(
-            batch_fn=lambda b: (b[0], b[1] % 2),
-            logits_fn=lambda module, x: nn.functional.pad(module(x).reshape(-1, 1), (1, 0)),
-        )
-        assert fitted(duo, Shaped()).duo.module(VAL.tensors[0]).probs.shape == (80, 2)
+        validated(Shaped())
+    if "Labels" in message:  # the way out that it names
+        told = {"batch_fn": lambda b: (b[0], b[1] % 2), "task": Labels()}
+        duo = make_duo(small_net(1), **told)
+        make_trainer(duo).validate(Shaped(), loader(VAL), verbose=False)
+        assert duo.module(VAL.tensors[0]).probs.numel() == 80
 
 
 class OneOutput(Classifier):
@@ -355,8 +351,8 @@ class Crops(Classifier):
 @pytest.mark.parametrize(
     ("module", "sidekick", "message"),
     [
-        (OneOutput, small_net, f"K >= 2.*{PAD}"),
-        (Crops, small_net, r"forward of Crops .*RuntimeError.*DuoCallback\(.*logits_fn"),
+        (OneOutput, small_net, r"no loss of a classification.*DuoCallback\(.*logits_fn"),
+        (Crops, small_net, r"logits \(16, 4\).*no output of a module.*DuoCallback\(.*logits_fn"),
         (
             Classifier,
             nn.Sequential(nn.Conv2d(5, 4, 8), nn.Flatten()),

@@ -1,12 +1,13 @@
 """What is read from a batch: inputs and targets, before a step can change them."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import TRAIN, VAL, Classifier, as_mapping, loader, make_trainer, small_net
-from runs import INFO, fitted, make_duo
-from torch import Tensor
+from runs import fitted, make_duo
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,34 +28,35 @@ def test_what_batch_fn_returns_is_checked(batch_fn: Callable, said: str) -> None
 
 
 class Lenient(Classifier):
-    """Accepts any targets, so that the callback is the one to complain."""
-
-    def training_step(self, batch: object, batch_idx: int) -> Tensor:
-        return self(batch[0] if isinstance(batch, list) else batch["picture"]).sum()
+    """Computes no loss, so that the callback is the one to complain."""
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
-        self.training_step(batch, batch_idx)
+        self(batch[0] if isinstance(batch, list) else batch["picture"])
 
 
-@pytest.mark.parametrize("stage", ["train", "val"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: one_hot(y, 4), "multi-label"),
-        (lambda y: one_hot(y, 4).float() * 2, "soft"),
+        (lambda y: one_hot(y, 4), r"targets \(16, 4\) of torch.int64"),
+        (lambda y: one_hot(y, 4).float() * 2, "class probabilities.*several labels.*Labels"),
         (lambda y: y + 1, r"targets .*0\.\.3.*1\.\.4"),
     ],
 )
-def test_targets_that_cannot_be_used(change: Callable, message: str, stage: str) -> None:
+def test_targets_that_cannot_be_used(change: Callable, message: str) -> None:
     bad = loader(TensorDataset(VAL.tensors[0], change(VAL.tensors[1])))
     with pytest.raises(ValueError, match=message):
-        fitted(None, Lenient(), **{stage: bad})
+        make_trainer(make_duo(small_net())).validate(Lenient(), bad, verbose=False)
 
 
-def test_soft_targets_cannot_be_validated_on() -> None:
-    soft = loader(TensorDataset(VAL.tensors[0], one_hot(VAL.tensors[1], 4).float()))
-    with pytest.raises(ValueError, match="soft"):
-        fitted(None, Lenient(), val=soft)
+def test_soft_targets_of_a_validation_are_its_classes_probabilities() -> None:
+    x, y = VAL.tensors
+    soft = torch.full((len(y), 4), 0.05).scatter(1, y[:, None], 0.85)
+    duo, module = make_duo(small_net()), Lenient()
+    make_trainer(duo).validate(module, loader(TensorDataset(x, soft)), verbose=False)
+    assert torch.equal(duo.predictions["val"]["base"].targets, y)
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(module.eval()(x), soft, reduction="none")
+    torch.testing.assert_close(duo.predictions["val"]["base"].nll.float(), each)
 
 
 def test_mappings_of_unknown_keys_are_named() -> None:
@@ -64,17 +66,18 @@ def test_mappings_of_unknown_keys_are_named() -> None:
 
     odd = DataLoader(VAL, 16, collate_fn=collate)
     with pytest.raises(ValueError, match=r"\['grade', 'picture'\].*batch_fn"):
-        fitted(None, Lenient(), val=odd)
+        make_trainer(make_duo(small_net())).validate(Lenient(), odd, verbose=False)
 
 
-def test_integers_that_could_be_the_targets_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    x, y = TRAIN.tensors
-    for third, said in ((torch.arange(len(y)), 1), (torch.rand(len(y)), 0)):
-        caplog.clear()
-        data = loader(TensorDataset(x, y, third))
-        with caplog.at_level("INFO", INFO):
-            fitted(train=data, val=data)
-        assert caplog.text.count("batch_fn=lambda batch: (inputs, targets)") == said
+def test_a_second_part_that_is_a_guess_is_warned_of() -> None:
+    x, y = VAL.tensors
+    for third, said in ((torch.arange(len(y)), True), (torch.rand(len(y)), False)):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            data = loader(TensorDataset(x, y, third))
+            make_trainer(make_duo(small_net())).validate(Lenient(), data, verbose=False)
+        found = [w for w in warned if "second as the targets" in str(w.message)]
+        assert bool(found) == said
 
 
 class InPlace(Classifier):
@@ -96,12 +99,50 @@ class InPlace(Classifier):
 
 
 @pytest.mark.parametrize("stage", ["training", "validation"])
-def test_batches_changed_in_place_are_an_error_with_a_way_out(stage: str) -> None:
-    message = r"InPlace .*in place.*\(16, 3, 8, 8\).*batch_fn=lambda.*\.clone\(\)"
+def test_the_sidekick_sees_what_the_base_was_called_with(stage: str) -> None:
+    """The step halves the batch in place, and then calls its forward."""
+    seen = []
+
+    class Sees(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((self.training, x.clone()))
+            return self.net(x)
+
+    duo = fitted(make_duo(lambda _: Sees(), probe=0), InPlace(stage)).duo
+    first = (TRAIN if stage == "training" else VAL).tensors[0][:16]
+    own = [x for training, x in seen if training == (stage == "training")]
+    assert any(torch.equal(x, 0.5 * first) for x in own)
+    assert not any(torch.equal(x, first) for x in own)
+    assert duo.fit is not None
+
+
+class ChangesLater(Classifier):
+    """In its forward, or behind it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(0.5) if self.where == "forward" else x)
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.where == "step":
+            batch[0].mul_(0.5)
+
+
+@pytest.mark.parametrize("where", ["forward", "step"])
+def test_batches_changed_in_place_are_an_error_with_a_way_out(where: str) -> None:
+    message = r"ChangesLater .*in place.*\(16, 3, 8, 8\).*batch_fn=lambda.*\.clone\(\)"
     with pytest.raises(ValueError, match=message):
-        fitted(None, InPlace(stage))
+        fitted(None, ChangesLater(where))
     duo = make_duo(batch_fn=lambda batch: (batch[0].clone(), batch[1].clone()))
-    assert fitted(duo, InPlace(stage)).duo.fit is not None
+    assert fitted(duo, ChangesLater(where)).duo.fit is not None
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])
