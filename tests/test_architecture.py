@@ -138,7 +138,7 @@ def newly_imported(statement: str, before: str = "pass") -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"timm", "matplotlib", "plotly", "fvcore", "onnx", "onnxruntime"}
+HEAVY = {"timm", "matplotlib", "plotly", "fvcore", "onnx", "onnxruntime", "transformers"}
 
 
 def test_importing_the_library_costs_little() -> None:
