@@ -91,7 +91,7 @@ class Reader(nn.Module):
         self.words = nn.Embedding(tokens, width, padding_idx=PADDING)
         nn.init.normal_(self.words.weight, std=0.1)
         self.phrases = nn.ModuleList(
-            nn.Conv1d(width, width, size, padding="same") for size in SIZES
+            nn.Conv1d(width, width, size, padding=size // 2) for size in SIZES
         )
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(len(SIZES) * width, len(FEELINGS))
