@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_duo.base import Call
+from lightning_duo.callback.layout import Spread, fitted, only, tensor_at
 from lightning_duo.callback.watch import Called
 from lightning_duo.nested import Path, at, every_part, kept, leaves, path_text, without
-from lightning_duo.tasks import Classes, Labels, Task, task_from_state, task_state
-
-Spread: TypeAlias = Literal["", "repeat", "interleave"]
-PICKED = {"[:, -1]": -1, "[:, 0]": 0}
-IGNORED = -100  # target of rows that the loss does not see
+from lightning_duo.tasks import Task, task_from_state, task_state
 
 
 class Example(NamedTuple):
@@ -253,87 +250,6 @@ def _listed(path: Path | None) -> list[Any] | None:
 
 def _path(path: list[Any] | None) -> Path | None:
     return None if path is None else tuple(path)
-
-
-def tensor_at(output: Any, path: Path) -> Tensor:
-    """The tensor in a module's output that a path leads to.
-
-    Raises:
-        LookupError: If there is none.
-    """
-    picked = path[-1] if path and path[-1] in PICKED else None
-    found = at(output, path[:-1] if picked else path)
-    if not isinstance(found, Tensor) or (picked and found.ndim < 3):
-        raise LookupError(f"the output has no tensor at {path_text(path) or 'its top'}")
-    found = found.as_subclass(Tensor)  # one with metadata would carry them along
-    return found[:, PICKED[str(picked)]] if picked else found
-
-
-def places_of(logits: Tensor, task: Task) -> torch.Size:
-    """The shape that targets have: one for each decision."""
-    if isinstance(task, Labels):
-        return logits.shape
-    shape = list(logits.shape)
-    del shape[task.dim]
-    return torch.Size(shape)
-
-
-def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Tensor | None:
-    """A part of the batch as targets in the places of the logits; None if it cannot be."""
-    places = places_of(logits, task)
-    if not isinstance(leaf, Tensor):
-        return None
-    leaf = leaf.as_subclass(Tensor)
-    if spread:
-        times, rest = divmod(places.numel(), max(1, leaf.numel()))
-        if rest or leaf.ndim != 1:
-            return None
-        leaf = leaf.repeat(times) if spread == "repeat" else leaf.repeat_interleave(times)
-    if isinstance(task, Classes) and leaf.is_floating_point() and leaf.shape == logits.shape:
-        return leaf
-    if leaf.numel() != places.numel():
-        return None
-    if isinstance(task, Classes) and leaf.is_floating_point():
-        if bool((leaf != leaf.round()).any()):
-            return None
-    if isinstance(task, Classes):
-        leaf = leaf.long()
-    return leaf.reshape(places)
-
-
-def only(targets: Tensor, rows: Tensor, task: Task) -> Tensor:
-    """Targets that count for some rows alone."""
-    if isinstance(task, Labels):
-        blank = torch.full_like(targets, torch.nan, dtype=torch.float32)
-    else:
-        blank = torch.full_like(
-            targets, IGNORED if task.ignore_index is None else task.ignore_index
-        )
-    blank.reshape(-1)[rows] = targets.reshape(-1)[rows].to(blank.dtype)
-    return blank
-
-
-def in_places(values: Tensor, rows: Tensor | None, logits: Tensor, task: Task) -> Tensor:
-    """Targets of some rows, one after the other, in the places of all logits.
-
-    Args:
-        values: Shape (R,), or (R, K) probabilities.
-        rows: Which rows of the logits they are for; None for all.
-        logits: The logits.
-        task: The task.
-    """
-    places = places_of(logits, task)
-    if values.ndim == 2 and isinstance(task, Classes):  # probabilities
-        return task.back(values, logits)
-    if rows is None:
-        return values.reshape(places)
-    fill: float = torch.nan
-    dtype = torch.float32
-    if isinstance(task, Classes):
-        fill, dtype = IGNORED if task.ignore_index is None else task.ignore_index, torch.int64
-    blank = torch.full((places.numel(),), fill, dtype=dtype, device=logits.device)
-    blank[rows] = values.to(dtype)
-    return blank.reshape(places)
 
 
 class Taken:

@@ -8,11 +8,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_duo.base import Call, logits_in
-from lightning_duo.callback.explain import REMEDY, SUPPORTED, is_constant, learn, with_targets
+from lightning_duo.callback.explain import learn, with_targets
 from lightning_duo.callback.guess import Guess, plain_logits
+from lightning_duo.callback.matches import memory
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.reading import Example, Reading, Taken
+from lightning_duo.callback.refusals import REMEDY, SUPPORTED, is_constant
 from lightning_duo.callback.watch import Kind, Watch
 from lightning_duo.isolation import evaluating, same_values, unnoticed
 from lightning_duo.nested import Path, at, leaves
@@ -361,10 +363,10 @@ class _Snapshot:
         """Raise ValueError if a tensor that the sidekick sees is not what it was."""
         changed = [t for e in examples for t, version in e.versions if t._version != version]
         seen = {id(t) for e in examples for t, _ in e.versions}
-        others = {_memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
-        ours = [(t, v) for t, v in self._counted if id(t) not in seen and _memory(t) in others]
+        others = {memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
+        ours = [(t, v) for t, v in self._counted if id(t) not in seen and memory(t) in others]
         changed += [t for t, version in ours if t._version != version]
-        uncounted = [(t, copy) for t, copy in self._copied if _memory(t) in others]
+        uncounted = [(t, copy) for t, copy in self._copied if memory(t) in others]
         moved = {id(t) for t, version in self._counted if t._version != version}
         changed += [t for t, c in uncounted if id(t) not in moved and not same_values(t, c)]
         for tensor in changed:
@@ -376,11 +378,6 @@ class _Snapshot:
                     "batch_fn=lambda batch: (batch[0].clone(), batch[1].clone())), which is called "
                     "before the step"
                 )
-
-
-def _memory(tensor: Tensor) -> int:
-    strided = tensor.layout == torch.strided
-    return tensor.untyped_storage().data_ptr() if strided else id(tensor)
 
 
 def _close(one: Tensor | None, other: Tensor | None) -> bool:

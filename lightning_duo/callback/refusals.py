@@ -1,0 +1,71 @@
+"""What only looks like a classification, and what to say of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_duo.base import Call
+from lightning_duo.callback.matches import shares
+from lightning_duo.callback.reading import Piece
+from lightning_duo.callback.watch import Loss
+from lightning_duo.nested import leaves
+
+SUPPORTED = (
+    "a duo needs a classification: logits of classes or labels, given to cross-entropy or binary "
+    "cross-entropy with targets from the batch"
+)
+REMEDY = (
+    "if this is one, pass DuoCallback(..., batch_fn=lambda batch: (inputs, targets), "
+    "logits_fn=lambda module, inputs: logits)"
+)
+
+
+def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
+    """Raise ValueError if what looks like a classification is something else."""
+    for loss, piece in zip(losses, found, strict=True):
+        y = loss.targets
+        if y is None or not y.numel():
+            continue
+        inputs = [leaf for _, leaf in leaves(call)]
+        if inputs and all(shares(leaf, y) or _is_next(leaf, y) for leaf in inputs):
+            raise ValueError(
+                f"the step's targets are its inputs (a reconstruction, or a language model?); "
+                f"{SUPPORTED}; {REMEDY}"
+            )
+        if loss.kind == "classes" and piece.targets is None and y.ndim == 1:
+            square = loss.logits.ndim == 2 and loss.logits.shape[0] == loss.logits.shape[1]
+            if square and torch.equal(y, torch.arange(len(y), device=y.device).to(y.dtype)):
+                raise ValueError(
+                    "the step's targets are 0, 1, 2, ..., each sample a class of its own (a "
+                    f"contrastive loss?); {SUPPORTED}; {REMEDY}"
+                )
+        if loss.kind != "classes" and piece.targets is not None:
+            if bool(((y != 0) & (y != 1) & ~y.isnan()).any()):
+                raise ValueError(
+                    "the step's targets are no 0 and 1 (a regression, or a reconstruction?); "
+                    f"{SUPPORTED}; {REMEDY}"
+                )
+    constants = [
+        loss.targets.flatten()[0]
+        for loss, piece in zip(losses, found, strict=True)
+        if piece.targets is None and loss.targets is not None and is_constant(loss.targets)
+    ]
+    if len(constants) == len(losses) > 1 and len({float(c) for c in constants}) > 1:
+        raise ValueError(
+            f"the step makes its targets itself, all alike (a discriminator?); {SUPPORTED}; "
+            f"{REMEDY}"
+        )
+
+
+def _is_next(inputs: Tensor, y: Tensor) -> bool:
+    """Whether targets are the inputs that follow, as in a language model."""
+    if inputs.is_floating_point() or inputs.ndim != 2 or inputs.numel() != y.numel():
+        return False
+    rows = y.reshape(inputs.shape)
+    return inputs.shape[1] > 2 and torch.equal(rows[:, :-1].to(inputs.dtype), inputs[:, 1:])
+
+
+def is_constant(y: Tensor) -> bool:
+    """Whether all targets are one."""
+    return y.numel() > 1 and bool((y == y.flatten()[0]).all())
