@@ -14,13 +14,15 @@ from lightning_duo.base import Call
 from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.inputs import first_input
+from lightning_duo.callback.loss import check_range, task_loss
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
+from lightning_duo.callback.outputs import run_sidekick, sidekick_logits
 from lightning_duo.callback.processes import agree
 from lightning_duo.callback.reading import Example, Reading
-from lightning_duo.callback.sidekick import Sidekick, run_sidekick, sidekick_logits
+from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.callback.step import Learnt, Stage, Step
-from lightning_duo.callback.training import Progress, Training, check_range, task_loss
+from lightning_duo.callback.training import Progress, Training
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
 from lightning_duo.isolation import own_stream

@@ -1,7 +1,7 @@
 """Where the sidekick learns: inside the base's training loop, without a trace in it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,6 @@ from lightning_duo.callback.options import Options
 from lightning_duo.callback.reading import Example
 from lightning_duo.callback.sidekick import Sidekick, check_model
 from lightning_duo.isolation import own_stream
-from lightning_duo.tasks import NEAREST, Classes, Labels, Task, check_targets
 from lightning_duo.zoo import head_parameters
 
 
@@ -57,61 +55,6 @@ def _planned_updates(
             planned = (epochs - epoch) * math.ceil(batches / trainer.accumulate_grad_batches)
         limit = min(limit, planned)
     return int(limit) if 0 < limit < math.inf else None
-
-
-def task_loss(
-    logits: Tensor, targets: Tensor, task: Task, options: Mapping[str, Any], *, member: str
-) -> Tensor:
-    """The sidekick's loss: cross-entropy, of classes or of labels, with the base's own weights.
-
-    Args:
-        logits: What the sidekick gives.
-        targets: In the places of the logits; see `tasks`.
-        task: The task.
-        options: What the base's loss was given: ``weight``, ``label_smoothing``, ``pos_weight``.
-        member: "sidekick", whose outputs may be probabilities of labels.
-
-    Returns:
-        In nats per decision, a scalar.
-    """
-    logits = logits.float()
-    if isinstance(task, Labels):
-        if member in task.probabilities:
-            logits = logits.clamp(NEAREST, 1 - NEAREST).logit()
-        y = targets.reshape(logits.shape).float()
-        known = ~y.isnan()
-        loss = F.binary_cross_entropy_with_logits(
-            logits, y.nan_to_num(), pos_weight=options.get("pos_weight"), reduction="none"
-        )
-        return (loss * known).sum() / known.sum().clamp(min=1)
-    logits = logits.movedim(task.dim, 1)
-    if targets.is_floating_point():
-        soft = targets.movedim(task.dim, 1)
-        return F.cross_entropy(logits, soft.float(), **options)
-    if task.ignore_index is None:
-        return F.cross_entropy(logits, targets.long(), **options)
-    targets = targets.long()
-    weight = options.get("weight")
-    index = {"ignore_index": task.ignore_index, "reduction": "sum"}
-    total = F.cross_entropy(logits, targets, **options, **index)  # type: ignore[arg-type]
-    counted = (targets != task.ignore_index).float()
-    if weight is not None:
-        counted = counted * weight[targets.clamp(0, len(weight) - 1)]
-    return total / counted.sum().clamp(min=1e-12)
-
-
-def check_range(example: Example, task: Task, outputs: int) -> None:
-    """Raise ValueError if targets of classes are outside of 0..K-1.
-
-    Args:
-        example: What the base's step made of its batch.
-        task: The task.
-        outputs: K, where the logits are not known.
-    """
-    if example.logits is not None:
-        task.rows(example.logits, example.targets)
-    elif isinstance(task, Classes) and not example.targets.is_floating_point():
-        check_targets(example.targets.reshape(-1), outputs)
 
 
 class Progress(NamedTuple):
