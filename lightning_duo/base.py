@@ -1,6 +1,6 @@
 """Calls of a user's models, and the logits in what they return."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -133,24 +133,6 @@ def as_logits(output: Any) -> Tensor | None:
     return logits if logits is not None and logits.ndim == 2 else None
 
 
-def remedy(output: Any) -> str:
-    """What to do about an output that is no (N, K) logits with K >= 2."""
-    logits = output.get("logits") if isinstance(output, Mapping) else output
-    logits = getattr(logits, "logits", logits)
-    if isinstance(logits, Tensor) and (logits.ndim == 1 or logits.shape[1:] == (1,)):
-        return (
-            "; of a single output z the two classes have the logits (0, z): pass DuoCallback(..., "
-            "logits_fn=lambda module, x: torch.nn.functional.pad(module(x).reshape(-1, 1), (1, 0)))"
-            " and class indices 0 and 1 as targets"
-        )
-    if isinstance(logits, Tensor) and logits.ndim > 2:
-        return (
-            "; one prediction for each sample is needed, so segmentation and the like cannot have "
-            "a duo; if one of them is the sample's, pass DuoCallback(..., logits_fn=...)"
-        )
-    return "; pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
-
-
 class LogitsOf(nn.Module):
     """A base whose logits a ``logits_fn`` computes, as it is part of a duo.
 
@@ -182,7 +164,7 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def call_base(module: nn.Module, inputs: Any) -> Tensor:
-    """Run the module's own forward and return its logits (N, K).
+    """Run the module's own forward and return its logits, of any shape.
 
     Raises:
         ValueError: If it has no forward, or one that gives no logits.
@@ -193,10 +175,11 @@ def call_base(module: nn.Module, inputs: Any) -> Tensor:
             "forward(x) or pass DuoCallback(..., logits_fn=lambda module, inputs: ...)"
         )
     output = module(inputs)
-    logits = as_logits(output)
+    logits = logits_in(output)
     if logits is None:
         raise ValueError(
-            f"the forward of {type(module).__name__} must give floating-point logits (N, K), or a "
-            f"mapping or object with them under 'logits', got {describe(output)}{remedy(output)}"
+            f"the forward of {type(module).__name__} must give floating-point logits, or a mapping "
+            f"or object with them under 'logits', got {describe(output)}; pass DuoCallback(..., "
+            "logits_fn=lambda module, inputs: ...) that returns them"
         )
     return logits

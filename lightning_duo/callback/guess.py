@@ -201,7 +201,7 @@ def _check_read(found: Any) -> None:
         raise ValueError(f"batch_fn must return (inputs, targets), got {what}")
     if not isinstance(found[1], Tensor):
         raise ValueError(
-            "batch_fn must return (inputs, targets) with targets as a tensor of class indices, got "
+            "batch_fn must return (inputs, targets) with a tensor of targets, got "
             f"{type(found[1]).__name__}"
         )
 

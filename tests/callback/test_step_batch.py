@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
         (lambda b: None, "NoneType"),
         (lambda b: b[0], "float32 tensor"),
         (lambda b: (b[0], None), "NoneType"),
-        (lambda b: (b[0], b[1].tolist()), "tensor of class indices.* list"),
+        (lambda b: (b[0], b[1].tolist()), "tensor of targets, got list"),
     ],
 )
 def test_what_batch_fn_returns_is_checked(batch_fn: Callable, said: str) -> None:
