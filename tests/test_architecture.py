@@ -98,6 +98,15 @@ def test_no_import_is_hidden(
             used("files")
 
 
+def test_every_file_of_the_callback_is_described() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    described = re.search(r"## The callback\n\n```text\n(.*?)```", text, re.DOTALL).group(1)
+    names = [line.split()[0] for line in described.splitlines()]
+    assert sorted(names) == sorted(
+        path.stem for path in (PACKAGE / "callback").glob("*.py") if path.stem != "__init__"
+    )
+
+
 @pytest.mark.parametrize("room", [room for room in FLOORS if (PACKAGE / room).is_dir()])
 def test_no_circle_inside_a_room(room: str) -> None:
     inside = [name for name in FILES if name.split(".")[0] == room]
