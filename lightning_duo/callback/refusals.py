@@ -16,8 +16,8 @@ SUPPORTED = (
     "cross-entropy with targets from the batch"
 )
 REMEDY = (
-    "if this is one, pass DuoCallback(..., batch_fn=lambda batch: (inputs, targets), "
-    "logits_fn=lambda module, inputs: logits)"
+    "to say yourself which inputs, targets and logits are meant, pass DuoCallback(..., "
+    "batch_fn=lambda batch: (inputs, targets), logits_fn=lambda module, inputs: logits)"
 )
 
 
