@@ -1,7 +1,8 @@
 """Asymmetric duos for PyTorch Lightning: a small sidekick makes a large model's confidence honest.
 
 Names are imported when first used, so that a service that needs only `DuoModule` does not pay for
-Lightning.
+Lightning. What logits decide (`Classes`, `Labels`) is in `lightning_duo.tasks`, a call of a model
+(`Call`) in `lightning_duo.base`.
 """
 
 from importlib import import_module
