@@ -130,7 +130,7 @@ def _of_a_module(
         for found in chosen
         if found.match is not None
     ]
-    every = [one for one in every if one.piece.targets is not None] or every
+    told, every = every, [one for one in every if one.piece.targets is not None] or every
     first = every[0]
     called, task = first.match.called, first.task
     mine = [one for one in calls if one.name == called.name]
@@ -150,6 +150,8 @@ def _of_a_module(
         constants_of(called.call),
         options=_options(first.loss),
     )
+    if training and len(every) == 1 and any(o.match.output is first.match.output for o in told[1:]):
+        reading = _before_mixing(reading, called.call, taken)
     examples = []
     for one, piece in zip(every, pieces, strict=True):
         output = one.match.output.detach().as_subclass(Tensor)
@@ -160,8 +162,19 @@ def _of_a_module(
         where = (piece.targets or ())[:1] if len(every) > 1 else ()
         items = piece.items(taken.batch, output)
         bare = reading.bare(one.match.called.call)
+        bare = reading.call_of(taken.batch) if reading.unmixed else bare
         examples.append(Example(bare, output, targets, where, items, one.match.called.versions))
     return reading, examples
+
+
+def _before_mixing(reading: Reading, call: Call, taken: Taken) -> Reading:
+    """A reading of what the batch was before its samples were mixed, if that can be told.
+
+    One set of logits with several targets, of which one is in the batch, is MixUp or CutMix: the
+    sidekick learns from the samples and targets that are in the batch.
+    """
+    parts = taken.parts_like(call, {piece.targets for piece in reading.pieces})
+    return reading if parts is None else replace(reading, template=parts, unmixed=True)
 
 
 def with_targets(reading: Reading, calls: Sequence[Called], taken: Taken) -> Reading:

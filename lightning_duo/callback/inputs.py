@@ -128,6 +128,16 @@ class Calling:
         return Transformed(first, model)
 
 
+def _without_prefix(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+        state[prefix + name.removeprefix(f"{prefix}model.")] = state.pop(name)
+
+
+def _with_prefix(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
 class Fitting(nn.Module):
     """A model that is called without what it does not take.
 
@@ -142,6 +152,9 @@ class Fitting(nn.Module):
         """Names of arguments that are left out."""
         self.alone = False
         """Whether the only argument, which the base takes by name, is passed by position."""
+        # Its weights have the names that they have in the model itself.
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
     def learn(self, call: Call, base: nn.Module) -> list[str]:
         """Find out what the model needs that is called where the base was called.

@@ -1,8 +1,8 @@
 """What was learnt of a step, and how later steps of its kind are read with it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from lightning_duo.callback.layout import Spread, fitted, only, tensor_at
 from lightning_duo.callback.watch import Called
 from lightning_duo.nested import Path, at, every_part, kept, leaves, path_text, without
 from lightning_duo.tasks import Task, task_from_state, task_state
+
+Template: TypeAlias = tuple[tuple[Path, Path], ...]
+"""Argument of a call -> part of the batch that it is."""
 
 
 class Example(NamedTuple):
@@ -103,12 +106,14 @@ class Reading:
     """Arguments of the call that hold the targets: ("kwargs", "labels"), say."""
     names: tuple[str, ...] = ()
     """Of the positional arguments of that module's forward."""
-    template: tuple[tuple[Path, Path], ...] | None = None
+    template: Template | None = None
     """Argument -> part of the batch that it is; None if any is made by the step."""
     constants: tuple[tuple[Path, Any], ...] = ()
     """Arguments that are plain values, such as flags."""
     whole: bool = False
     """Whether the step itself makes the logits, from what modules give it."""
+    unmixed: bool = False
+    """Whether the sidekick sees the parts of the batch, and not what the step made of them."""
     guessed: bool = False
     """Whether the user told, or no loss was seen."""
     options: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -143,7 +148,7 @@ class Reading:
             targets = piece.read(batch, logits, self.task)
             part = (piece.targets or ())[:1] if len(self.pieces) > 1 else ()
             items = piece.items(batch, logits)
-            bare = self.bare(called.call)
+            bare = self.call_of(batch) if self.unmixed else self.bare(called.call)
             examples.append(Example(bare, logits.detach(), targets, part, items, called.versions))
         return examples
 
@@ -222,6 +227,7 @@ class Reading:
             else [[list(a), list(b)] for a, b in self.template],
             "constants": [[list(a), value] for a, value in self.constants],
             "whole": self.whole,
+            "unmixed": self.unmixed,
             "guessed": self.guessed,
         }
 
@@ -240,6 +246,7 @@ class Reading:
             None if template is None else tuple((tuple(a), tuple(b)) for a, b in template),
             tuple((tuple(a), value) for a, value in state["constants"]),
             state["whole"],
+            state["unmixed"],
             state["guessed"],
         )
 
@@ -269,7 +276,7 @@ class Taken:
         """Where in the batch an object is; None if it is no part of it."""
         return None if id(value) in self._plain else self._known.get(id(value))
 
-    def parts_of(self, call: Call) -> tuple[tuple[Path, Path], ...] | None:
+    def parts_of(self, call: Call) -> Template | None:
         """Which part of the batch each argument of a call is; None if any is none."""
         found = []
         for where, value in _given(call):
@@ -278,6 +285,29 @@ class Taken:
                 found.append((where, path))
             elif any(True for _ in leaves(value)):
                 return None
+        return tuple(found)
+
+    def parts_like(self, call: Call, but: Collection[Path | None]) -> Template | None:
+        """Parts of the batch that are like the arguments of a call; None if it is not clear which.
+
+        Args:
+            call: The call.
+            but: Parts that are something else.
+        """
+        found = []
+        for where, value in _given(call):
+            path = self.path_of(value)
+            if path is None and isinstance(value, Tensor):
+                like = [
+                    there
+                    for there, leaf in leaves(self.batch)
+                    if leaf.shape == value.shape and leaf.dtype == value.dtype and there not in but
+                ]
+                path = like[0] if len(like) == 1 else None
+            if path is None and any(True for _ in leaves(value)):
+                return None
+            if path is not None:
+                found.append((where, path))
         return tuple(found)
 
 

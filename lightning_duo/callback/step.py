@@ -361,23 +361,22 @@ class _Snapshot:
 
     def check(self, module: nn.Module, examples: list[Example]) -> None:
         """Raise ValueError if a tensor that the sidekick sees is not what it was."""
-        changed = [t for e in examples for t, version in e.versions if t._version != version]
-        seen = {id(t) for e in examples for t, _ in e.versions}
-        others = {memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
-        ours = [(t, v) for t, v in self._counted if id(t) not in seen and memory(t) in others]
-        changed += [t for t, version in ours if t._version != version]
-        uncounted = [(t, copy) for t, copy in self._copied if memory(t) in others]
-        moved = {id(t) for t, version in self._counted if t._version != version}
-        changed += [t for t, c in uncounted if id(t) not in moved and not same_values(t, c)]
-        for tensor in changed:
-            if True:
-                raise ValueError(
-                    f"{type(module).__name__} changed the batch in place (the tensor of shape "
-                    f"{tuple(tensor.shape)}), so the sidekick would see other data than the base "
-                    "got; work on a copy in the step (x = x.clone()), or pass DuoCallback(..., "
-                    "batch_fn=lambda batch: (batch[0].clone(), batch[1].clone())), which is called "
-                    "before the step"
-                )
+        used = {memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
+        before = {id(t): (t, version) for t, version in self._counted if memory(t) in used}
+        # A tensor of a call counts as it was then, whatever the step did with it before.
+        then = {id(t): (t, version) for e in examples for t, version in e.versions}
+        changed = [t for t, version in (before | then).values() if t._version != version]
+        counted = {id(t) for t, version in before.values() if t._version != version}
+        copied = [(t, copy) for t, copy in self._copied if memory(t) in used]
+        changed += [t for t, copy in copied if id(t) not in counted and not same_values(t, copy)]
+        if changed:
+            raise ValueError(
+                f"{type(module).__name__} changed the batch in place (the tensor of shape "
+                f"{tuple(changed[0].shape)}), so the sidekick would see other data than the base "
+                "got; work on a copy in the step (x = x.clone()), or pass DuoCallback(..., "
+                "batch_fn=lambda batch: (batch[0].clone(), batch[1].clone())), which is called "
+                "before the step"
+            )
 
 
 def _close(one: Tensor | None, other: Tensor | None) -> bool:

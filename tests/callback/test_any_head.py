@@ -6,14 +6,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import make_trainer
-from runs import INFO, make_duo
+from helpers import TRAIN, VAL, Classifier, Tiny, make_trainer
+from runs import INFO, fitted, make_duo
 from strangers.data import points, scenes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_duo import DuoCallback, fit_temperatures
+from lightning_duo import DuoCallback, DuoModule, fit_temperatures
 
 PAGE = Path(__file__).parents[2] / "docs" / "any_run.md"
 
@@ -164,3 +164,48 @@ def test_sliding_windows_as_in_the_documentation() -> None:
     assert duo.fit.temperatures == pytest.approx(tuple(want), rel=1e-3, abs=1e-6)
     z = sum(t * z for t, z in zip(duo.fit.temperatures, (base, sidekick), strict=True))
     torch.testing.assert_close(duo.module(x).probs, z.softmax(1), atol=1e-5, rtol=1e-4)
+
+
+class ByName(Classifier):
+    """Its forward takes its input by another name than the sidekick's, and a flag."""
+
+    def forward(self, pixel_values: Tensor, flag: bool = True) -> Tensor:
+        return self.net(pixel_values)
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        return cross_entropy(self(pixel_values=batch[0], flag=True), batch[1])
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_a_duo_whose_sidekick_takes_less_is_saved_and_loaded(tmp_path: Path) -> None:
+    duo = fitted(make_duo(Tiny), ByName()).duo
+    x = VAL.tensors[0]
+    want = duo.module(pixel_values=x)
+    duo.module.save(tmp_path / "duo.safetensors")
+    loaded = DuoModule.load(tmp_path / "duo.safetensors", ByName(), Tiny(4))
+    torch.testing.assert_close(loaded(x).probs, want.probs)
+
+
+class Mixes(Classifier):
+    """MixUp with a loss for each of the two targets."""
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        x, y = batch
+        order = torch.arange(len(x)).flip(0)
+        z = self(0.7 * x + 0.3 * x[order])
+        return 0.7 * cross_entropy(z, y) + 0.3 * cross_entropy(z, y[order])
+
+
+def test_a_sidekick_learns_from_what_was_before_mixing() -> None:
+    seen = []
+
+    class Sees(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return super().forward(x)
+
+    fitted(make_duo(Sees, probe=0), Mixes(), num_sanity_val_steps=0, max_epochs=1)
+    batches = TRAIN.tensors[0].split(16)
+    assert all(torch.equal(a, b) for a, b in zip(seen, batches, strict=False))
