@@ -38,7 +38,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 def parts(value: Any) -> Iterator[tuple[Key, Any]]:
     """Key and value of everything directly in a structure; nothing of what has no parts."""
-    if isinstance(value, (*_PLAIN, *_CODE, Tensor)):
+    if isinstance(value, (*_PLAIN, *_CODE, Tensor, Iterator)):  # what it will give is no part yet
         return
     if isinstance(value, Mapping):
         yield from value.items()

@@ -338,7 +338,8 @@ class DuoCallback(Callback):
         if loss is not None:
             name = self.options.prefix + "sidekick/train_nll"
             # Not in the bar, which has no room for it beside the base's own loss at 80 columns.
-            pl_module.log(name, loss, on_step=True, on_epoch=False)
+            # A size, which no mean is weighted with, since a step may draw its batches itself.
+            pl_module.log(name, loss, on_step=True, on_epoch=False, batch_size=1)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -59,6 +59,8 @@ def check_no_softmax(messages: Messages, rows: Rows, task: Task) -> None:
 def one_sample(call: Call, count: int) -> Call | None:
     """A call for the first of several samples; None if it cannot be told from the others."""
     tensors = [leaf for _, leaf in leaves(call)]
-    if not count or not tensors or any(t.ndim and len(t) != count for t in tensors):
+    if not count or not tensors or any(t.layout != torch.strided for t in tensors):
+        return None  # sparse and nested tensors cannot be cut
+    if any(t.ndim and len(t) != count for t in tensors):
         return None
     return mapped(call, lambda t: t[:1].detach() if t.ndim else t.detach())  # type: ignore[no-any-return]

@@ -49,7 +49,7 @@ def linear(outputs: int) -> nn.Module:
     return nn.Linear(8, outputs)
 
 
-def fitted(duo: DuoCallback, module: L.LightningModule, train: object, val: object) -> DuoCallback:
+def fit_on(duo: DuoCallback, module: L.LightningModule, train: object, val: object) -> DuoCallback:
     make_trainer(duo).fit(module, DataLoader(train, 16), DataLoader(val, 16))
     return duo
 
@@ -58,7 +58,7 @@ def fitted(duo: DuoCallback, module: L.LightningModule, train: object, val: obje
 def test_of_several_heads_the_named_one_counts(head: str | None) -> None:
     """By its submodule, or by its place in the output; else that of the first loss."""
     module, (x, kind, sign) = TwoHeads(), two_targets(96, 2).tensors
-    duo = fitted(make_duo(linear, head=head), module, two_targets(96, 1), two_targets(96, 2))
+    duo = fit_on(make_duo(linear, head=head), module, two_targets(96, 1), two_targets(96, 2))
     place, targets = ("signs", sign) if head in ("sign", "signs") else ("kinds", kind)
     with torch.no_grad():
         base, sidekick = module(x)[place], duo.sidekick(x)
@@ -70,7 +70,7 @@ def test_of_several_heads_the_named_one_counts(head: str | None) -> None:
 def test_a_head_that_is_not_there_is_refused_with_the_names() -> None:
     data = two_targets(96, 1)
     with pytest.raises(ValueError, match=r"no head 'age'; it has .*'kind'.*'sign'"):
-        fitted(make_duo(linear, head="age"), TwoHeads(), data, data)
+        fit_on(make_duo(linear, head="age"), TwoHeads(), data, data)
 
 
 class Pixels(L.LightningModule):
@@ -104,9 +104,9 @@ def masks(count: int, seed: int, size: tuple[int, int] = (8, 8)) -> TensorDatase
 def test_a_guarantee_is_refused_where_an_item_has_several_decisions() -> None:
     asked = {"target_accuracy": 0.6, "delta": 0.05}
     with pytest.raises(ValueError, match=r"independent decisions.*pixels.*leave delta out"):
-        fitted(make_duo(of_each_pixel, **asked), Pixels(), masks(32, 1), masks(16, 2))
+        fit_on(make_duo(of_each_pixel, **asked), Pixels(), masks(32, 1), masks(16, 2))
     del asked["delta"]
-    duo = fitted(make_duo(of_each_pixel, **asked), Pixels(), masks(32, 1), masks(16, 2))
+    duo = fit_on(make_duo(of_each_pixel, **asked), Pixels(), masks(32, 1), masks(16, 2))
     assert duo.module.threshold > 0
 
 
@@ -115,7 +115,7 @@ def test_more_decisions_than_the_memory_holds_are_sampled(
 ) -> None:
     few = {"fit_memory": 60_000}
     with caplog.at_level("INFO", INFO):
-        duo = fitted(make_duo(of_each_pixel, **few), Pixels(), masks(32, 1), masks(64, 2))
+        duo = fit_on(make_duo(of_each_pixel, **few), Pixels(), masks(32, 1), masks(64, 2))
     kept = len(duo.predictions["val"]["duo"].targets)
     assert 500 < kept < 64 * 64
     assert f"{kept:,} of 4,096 decisions are measured, as many as fit_memory" in caplog.text
@@ -145,7 +145,7 @@ def test_sliding_windows_as_in_the_documentation() -> None:
     sliding = example("sliding")["sliding"]
     module, val = Windows(sliding), masks(8, 2, size=(96, 64))
     duo = make_duo(of_each_pixel, logits_fn=sliding)
-    fitted(duo, module, masks(32, 1, size=(32, 32)), val)
+    fit_on(duo, module, masks(32, 1, size=(32, 32)), val)
     (x, y), small = val.tensors, of_each_pixel(3)
     small.load_state_dict(duo.sidekick.state_dict())
     with torch.no_grad():
