@@ -59,7 +59,7 @@ def learn(
     heads: dict[tuple[Any, ...], list[Found]] = {}
     for found in every:
         heads.setdefault(_head_of(found), []).append(found)
-    chosen = _chosen(heads, head, seen)
+    chosen = _chosen(heads, head, seen, taken)
     if chosen[0].match is None:
         return _of_the_step(chosen, seen, taken, base)
     return _of_a_module(chosen, seen.calls, taken, base, training=training)
@@ -92,15 +92,40 @@ def _names(key: tuple[Any, ...], losses: Sequence[Found], seen: Seen) -> list[st
     return [name for name in dict.fromkeys(names) if name]
 
 
-def _chosen(heads: dict[tuple[Any, ...], list[Found]], head: str | None, seen: Seen) -> list[Found]:
-    if head is None:
+def _chosen(
+    heads: dict[tuple[Any, ...], list[Found]], head: str | None, seen: Seen, taken: Taken
+) -> list[Found]:
+    if len(heads) == 1 and head is None:
         return next(iter(heads.values()))
+    if head is None:  # the first of those that look most like the main one
+        return min(heads.values(), key=lambda losses: _doubt(losses[0], seen, taken))
     names = {key: _names(key, losses, seen) for key, losses in heads.items()}
     for key, known in names.items():
         if head in known:
             return heads[key]
     listed = "; ".join(" or ".join(map(repr, known)) for known in names.values() if known)
     raise ValueError(f"the step has no head {head!r}; it has {listed or 'none with a name'}")
+
+
+def _doubt(found: Found, seen: Seen, taken: Taken) -> int:
+    """How little a loss, one of several, looks like that of the main head.
+
+    0 where its targets are a part of the batch, 1 where the step makes them (an auxiliary task of
+    its own, a discriminator), 2 where they are inputs (a reconstruction).
+    """
+    loss, match = found
+    if loss.targets is None:
+        return 1
+    if match is None:
+        task: Task = Classes(1, ignored(loss)) if loss.kind == "classes" else Labels()
+        piece, _ = piece_of(flat_targets(loss), None, loss.logits, task, taken)
+    else:
+        piece = target_of(loss, match, taken, training=False).piece
+    if piece.targets is None:
+        return 1
+    target = at(taken.batch, piece.targets)
+    inputs = [leaf for called in seen.calls for _, leaf in leaves(called.call.args[:1])]
+    return 2 if any(shares(target, leaf) for leaf in inputs) else 0
 
 
 def _options(loss: Loss) -> dict[str, Any]:

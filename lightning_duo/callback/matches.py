@@ -55,9 +55,8 @@ def _ancestors(z: Tensor, seen: Seen) -> Iterator[Tensor]:
 def _is_of_features(called: Called, seen: Seen) -> bool:
     """Whether a module was called with what another module with weights has made."""
     given = {memory(leaf) for _, leaf in leaves(called.call)}
-    for _, leaf in leaves(called.call):
-        if leaf.grad_fn is not None:
-            return True
+    if any(seen.features(leaf) for _, leaf in leaves(called.call)):
+        return True
     for other in seen.calls:
         if other is called:
             break

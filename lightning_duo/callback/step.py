@@ -1,5 +1,6 @@
 """One step of the base: what goes in, and which logits it makes of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -135,7 +136,7 @@ class Step:
         try:
             reading, examples = self._learnt()
         except LookupError as error:
-            if known is not None and self.stage != "training":
+            if self.stage != "training" and (known is not None or seen.by_hand):
                 return self._without_loss(outputs, known)
             raise ValueError(f"{error}; {REMEDY}") from error
         self._refuse_constant(reading, examples)
@@ -194,6 +195,8 @@ class Step:
 
     def _without_loss(self, outputs: Any, known: Reading | None) -> list[Example]:
         calls, batch = self._watch.seen.calls, self.taken.batch
+        if not calls and self._may_skip(outputs, known):
+            return []
         if known is not None:
             returned = self._returned(outputs, known)
             if returned is not None:
@@ -222,6 +225,12 @@ class Step:
             return []  # the training step will tell
         guess = Guess(self.module, batch, self.options, self.messages, first=self.fresh)
         return self._guessed(guess, outputs, None)
+
+    def _may_skip(self, outputs: Any, known: Reading | None) -> bool:
+        """Whether a step that calls no module has left out its batch: one without objects, say."""
+        nothing = outputs is None or (isinstance(outputs, Mapping) and not outputs)
+        lost = known is not None and known.template is None  # one more forward is not possible
+        return nothing and (self.stage == "training" or lost)
 
     def _returned(self, outputs: Any, known: Reading) -> list[Example] | None:
         """Logits that a step without a loss returns by that name, or makes itself."""

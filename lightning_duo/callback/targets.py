@@ -1,5 +1,6 @@
 """Which part of the batch the targets of a loss are."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def target_of(loss: Loss, match: Match, taken: Taken, *, training: bool) -> Targ
     """
     task = task_of(loss, match)
     if loss.targets is None:
-        y, piece = only_targets(match.output, task, taken)
+        y, piece = only_targets(match.output, task, taken, loss.factors)
         return Target(loss, match, piece, task, y, None)
     y, rows = flat_targets(loss), match.rows
     counts = _counting(loss, len(y))
@@ -100,8 +101,17 @@ def _counting(loss: Loss, count: int) -> Tensor | None:
     return None
 
 
-def only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Piece]:
-    """The only part of the batch that can be the targets of these logits."""
+def only_targets(
+    logits: Tensor, task: Task, taken: Taken, factors: Sequence[Tensor] = ()
+) -> tuple[Tensor, Piece]:
+    """The only part of the batch that can be the targets of these logits.
+
+    Args:
+        logits: The logits.
+        task: The task.
+        taken: The batch.
+        factors: What they, or what they are not, is one of; by default anything.
+    """
     fits = []
     for path, leaf in leaves(taken.batch):
         found = fitted(leaf, logits, task)
@@ -110,7 +120,8 @@ def only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Piec
         low, high = (float(found.min()), float(found.max())) if found.numel() else (0.0, 0.0)
         top = logits.shape[task.dim] - 1 if isinstance(task, Classes) else 1
         whole = not found.is_floating_point() or bool((found == found.round()).all())
-        if low >= 0 and high <= top and whole:
+        used = not factors or any(_is_or_is_not(found, one) for one in factors)
+        if low >= 0 and high <= top and whole and used:
             fits.append((path, found))
     if len(fits) != 1:
         raise LookupError(
@@ -118,6 +129,12 @@ def only_targets(logits: Tensor, task: Task, taken: Taken) -> tuple[Tensor, Piec
             f"{tuple(logits.shape)}"
         )
     return fits[0][1].reshape(-1), Piece(fits[0][0])
+
+
+def _is_or_is_not(y: Tensor, factor: Tensor) -> bool:
+    """Whether a factor is these labels, or 1 where they are 0."""
+    y, factor = y.reshape(-1).double(), factor.detach().reshape(-1).double()
+    return same(y, factor) or same(1 - y, factor)
 
 
 def _one_hot_inside(loss: Loss, match: Match, taken: Taken) -> tuple[Piece, Task, Tensor] | None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -67,6 +68,9 @@ class Loss(NamedTuple):
     counts: Tensor | None = None
     """Which of its terms count, if it does not sum them up itself: what the step multiplies them
     with, or picks of them."""
+    factors: tuple[Tensor, ...] = ()
+    """What a step multiplies with, where a loss of labels is made by hand: among them the
+    targets."""
 
 
 class Called(NamedTuple):
@@ -94,6 +98,8 @@ class Seen(NamedTuple):
     """Results of softmax, sigmoid and logarithm, each with what it was computed of."""
     by_hand: bool = False
     """Whether no loss function was called, so that the losses are a guess."""
+    features: Callable[[Tensor], bool] = lambda tensor: tensor.grad_fn is not None
+    """Whether a tensor comes from a module with weights."""
 
 
 class LossMode(TorchFunctionMode):
@@ -106,6 +112,9 @@ class LossMode(TorchFunctionMode):
         self.all_count: set[int] = set()  # losses all of whose terms are summed up
         self.soft: deque[tuple[Kind | None, Tensor, Tensor]] = deque(maxlen=16)
         self.picked: deque[Tensor] = deque(maxlen=16)
+        self.factors: deque[Tensor] = deque(maxlen=16)
+        # What modules with weights gave, and what was made of that, where no graph tells.
+        self._made: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
     @override
     def __torch_function__(
@@ -118,6 +127,8 @@ class LossMode(TorchFunctionMode):
                 return result
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             logits, targets = given.pop("input"), given.pop("target")
+            if func is F.soft_margin_loss:  # of -1 and 1
+                targets = (targets > 0).to(logits.dtype)
             self.note(Loss(LOSSES[func], logits, targets, given))
             self.terms.append(result)
         elif func in SOFT or func in LOGARITHMS:
@@ -125,7 +136,7 @@ class LossMode(TorchFunctionMode):
                 self.soft.append((SOFT.get(func), args[0], result))
         elif func in PICKS:
             place = PICKS[func]
-            self.picked += args[place : place + 1] or list(kwargs.values())[:1]
+            self.picked += args[place : place + 1] or [kwargs.get("index", kwargs.get("input"))]
         elif func in PRODUCTS and len(args) == 2:
             self._note_product(*args)
             self._note_product(*reversed(args))
@@ -133,16 +144,31 @@ class LossMode(TorchFunctionMode):
             self._note_part(*args)
         elif func in REDUCTIONS:
             self.all_count.update(i for i, terms in enumerate(self.terms) if args[0] is terms)
+        if any(self.is_made(x) for x in _tensors((args, kwargs))):
+            self.note_made(result)
         return result
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes from a module with weights."""
+        return tensor.grad_fn is not None or tensor in self._made
+
+    def note_made(self, output: Any) -> None:
+        """Keep what comes from a module with weights; graphs keep what has a gradient."""
+        for tensor in _tensors(output):
+            if tensor.is_floating_point() and tensor.grad_fn is None:
+                self._made[tensor] = True
 
     def _note_product(self, one: Any, other: Any) -> None:
         """Keep what a loss's terms, or the logarithms of probabilities, are multiplied with."""
         if not isinstance(one, Tensor) or not isinstance(other, Tensor) or other.requires_grad:
             return
+        self.factors.append(other)
         for i, terms in enumerate(self.terms):
             if one is terms and terms.ndim and other.shape == terms.shape:
                 self._count(i, other)
         soft = any(one is found and kind == "classes" for kind, _, found in self.soft)
+        if any(other is found for _, _, found in self.soft):
+            return  # an entropy, perhaps
         if soft and one.shape == other.shape:
             self.picked.append(other.abs())
 
@@ -176,9 +202,20 @@ class LossMode(TorchFunctionMode):
         found = []
         for kind, x, _ in reversed(self.soft):
             fits = [t for t in picked if kind == "classes" and _fits(t, x)]
-            if kind is not None and (fits or kind == "labels" or x.requires_grad):
-                found.append(Loss(kind, x, fits[-1] if fits else None, {}))
+            factors = tuple(t for t in self.factors if kind == "labels" and t.numel() == x.numel())
+            # Alone they are no loss: gates, attention, an expected value.
+            if kind is not None and (fits or factors):
+                found.append(Loss(kind, x, fits[-1] if fits else None, {}, factors=factors))
         return found
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of a function."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
 
 
 def _fits(targets: Tensor, logits: Tensor) -> bool:
@@ -250,7 +287,8 @@ class Watch:
                 if self._mode is not None:
                     sources = [(result, x) for _, x, result in self._mode.soft]
                     found, by_hand = self._mode.found(), not self._mode.losses
-                    self.seen = Seen(found, self.seen.calls, sources, by_hand)
+                    made = self._mode.is_made
+                    self.seen = Seen(found, self.seen.calls, sources, by_hand, made)
                 self._mode = None
                 self._open.clear()
 
@@ -305,6 +343,9 @@ class Watch:
     def _leave(self, name: str, module: nn.Module, call: Call, output: Any) -> None:
         versions = self._open.pop() if self._open else _versions(call)
         weighted = any(True for _ in module.parameters())
+        if weighted and self._mode is not None:
+            given = {id(leaf) for _, leaf in leaves(call)}
+            self._mode.note_made([x for _, x in leaves(output) if id(x) not in given])
         calls, depth = self.seen.calls, len(self._open)
         calls.append(Called(name, call, output, depth, versions, weighted))
         deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]

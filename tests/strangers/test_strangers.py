@@ -24,6 +24,11 @@ THEMES = (
     "running",
     "libraries",
     "refused",
+    "criteria",
+    "batches",
+    "sets",
+    "steps",
+    "disguised",
 )
 for name in THEMES:
     import_module(f"strangers.{name}")
