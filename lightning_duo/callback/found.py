@@ -59,7 +59,7 @@ def check_no_softmax(messages: Messages, rows: Rows, task: Task) -> None:
 def one_sample(call: Call, count: int) -> Call | None:
     """A call for the first of several samples; None if it cannot be told from the others."""
     tensors = [leaf for _, leaf in leaves(call)]
-    if not count or not tensors or any(t.layout != torch.strided for t in tensors):
+    if not count or not tensors or any(t.layout != torch.strided or t.is_nested for t in tensors):
         return None  # sparse and nested tensors cannot be cut
     if any(t.ndim and len(t) != count for t in tensors):
         return None

@@ -42,6 +42,8 @@ def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Ten
     places = places_of(logits, task)
     if not isinstance(leaf, Tensor):
         return None
+    if leaf.layout != torch.strided or leaf.is_nested:
+        return None
     leaf = leaf.as_subclass(Tensor)
     if spread:
         times, rest = divmod(places.numel(), max(1, leaf.numel()))

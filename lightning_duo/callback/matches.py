@@ -29,13 +29,20 @@ class Match(NamedTuple):
 def match_of(loss: Loss, seen: Seen, taken: Taken) -> Match | None:
     """The module's output that a loss was given; None if there is none."""
     for z in _ancestors(loss.logits, seen):
-        every = [m for called in seen.calls if (m := _in_output(z, loss, called, taken))]
+        every = []
+        for called in reversed(seen.calls):
+            match = _in_output(z, loss, called, taken)
+            if match is None:
+                continue
+            every.append(match)
+            if shares(match.output, z) and taken.parts_of(called.call) is not None:
+                return match
         # Equal numbers may be chance, as of two heads that start from zero.
         every = [m for m in every if shares(m.output, z)] or every
         of_batch = [m for m in every if taken.parts_of(m.called.call) is not None]
         made = [m for m in every if not _is_of_features(m.called, seen)]
         if of_batch or made:
-            return (of_batch or made)[-1]
+            return (of_batch or made)[0]
     if loss.targets is None:
         return None
     scaled = [m for called in seen.calls if (m := _scaled_in_output(loss, called))]
@@ -80,7 +87,11 @@ def _in_output(z: Tensor, loss: Loss, called: Called, taken: Taken) -> Match | N
     found = [
         (path, leaf)
         for path, leaf in leaves(called.output)
-        if leaf.is_floating_point() and leaf.ndim and leaf.numel() >= z.numel()
+        if leaf.layout == torch.strided
+        and not leaf.is_nested
+        and leaf.is_floating_point()
+        and leaf.ndim
+        and leaf.numel() >= z.numel()
     ]
     for part_of in (None, taken):
         for path, leaf in found:

@@ -29,6 +29,7 @@ LOSSES: dict[Callable[..., Any], Kind] = {
     F.multi_margin_loss: "classes",
     F.binary_cross_entropy_with_logits: "labels",
     F.multilabel_soft_margin_loss: "labels",
+    F.soft_margin_loss: "labels",
     F.binary_cross_entropy: "probabilities",
 }
 # Of these a loss by hand is made.

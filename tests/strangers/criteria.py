@@ -661,10 +661,14 @@ class MultiDiceModule(Optimized):
 
 
 class MultiDice(Stranger):
-    sizes, rate = (96, 48, 8), 0.05
+    sizes = (96, 48, 8)
 
     def module(self) -> L.LightningModule:
         return MultiDiceModule()
+
+    def arguments(self) -> dict[str, Any]:
+        fast = lambda parameters: torch.optim.Adam(parameters, 0.1)  # noqa: E731
+        return {**super().arguments(), "optimizer": fast}
 
     def data(self, count: int, seed: int) -> Dataset:
         from strangers.data import scenes
