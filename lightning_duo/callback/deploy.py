@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -18,8 +19,6 @@ from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.module import DuoModule
 from lightning_duo.report import print_summary, write_report
 from lightning_duo.tasks import Classes
-
-_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 def duo_of(run: Run) -> DuoModule:
@@ -44,11 +43,6 @@ def duo_of(run: Run) -> DuoModule:
             "trainer.validate(model, data, ckpt_path=...) and callback.module"
         )
     base, sidekick = copies(run.base, run.sidekick.deployable())
-    if getattr(base, "_compiler_ctx", None) is not None:
-        # Lightning keeps the compiled methods of `torch.compile(module)` on the instance, and a
-        # copied function still runs the original's weights.
-        for name in _STEPS:
-            vars(base).pop(name, None)
     threshold = run.fitted.calibration.threshold
     reading, task = run.reading, run.task
     duo = (StepDuo if reading is not None and reading.whole else DuoModule)(
@@ -88,7 +82,8 @@ def cost_of(run: Run) -> Cost | None:
         return None
     base, sidekick = run.base, run.sidekick.deployable()
     try:
-        with own_stream(base.device), unnoticed(base):
+        eager = torch.compiler.set_stance("force_eager")  # the counter sees no compiled code
+        with own_stream(base.device), unnoticed(base), eager:
             flops = count_flops(_callable(run, base), run.example)
             others = count_flops(sidekick, run.example)
     except Exception as error:  # the user's forward may want more than a batch of one

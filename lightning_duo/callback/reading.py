@@ -11,7 +11,7 @@ from lightning_duo.base import Call
 from lightning_duo.callback.layout import Spread, fitted, only, tensor_at
 from lightning_duo.callback.watch import Called
 from lightning_duo.nested import Path, at, every_part, kept, leaves, path_text, without
-from lightning_duo.tasks import Task, task_from_state, task_state
+from lightning_duo.tasks import Classes, Task, task_from_state, task_state
 
 Template: TypeAlias = tuple[tuple[Path, Path], ...]
 """Argument of a call -> part of the batch that it is."""
@@ -172,6 +172,30 @@ class Reading:
         )
         kwargs = {str(key): value for (kind, key), value in given if kind == "kwargs"}
         return self.bare(Call(tuple(value for _, value in args), kwargs))
+
+    def blank(self, batch: Any, outputs: int) -> Tensor:
+        """Zeros in the shape of the only call's logits, as far as its targets tell it.
+
+        They take no memory.
+
+        Args:
+            batch: The batch.
+            outputs: K.
+
+        Raises:
+            LookupError: If the batch has no such targets.
+        """
+        targets = self.pieces[0].targets
+        if targets is None:
+            raise LookupError("the step makes its targets itself")
+        leaf = at(batch, targets)
+        shape = list(leaf.shape)
+        if isinstance(self.task, Classes):
+            dim = len(shape) if self.task.dim == -1 else self.task.dim
+            soft = leaf.is_floating_point() and shape[dim : dim + 1] == [outputs]
+            if not soft:
+                shape.insert(dim, outputs)
+        return torch.zeros((), device=leaf.device).expand(shape)
 
     def bare(self, call: Call) -> Call:
         """A call without its labels."""

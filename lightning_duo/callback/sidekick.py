@@ -1,6 +1,7 @@
 """The sidekick of a run: its model, what it sees, and what keeps a model from being one."""
 
 import copy
+from types import MethodType
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,13 +33,25 @@ def copies(*models: nn.Module) -> tuple[nn.Module, ...]:
     kept = [leaf for part in parts for leaf in tree_leaves(list(vars(part).values()))]
     memo = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     try:
-        return copy.deepcopy(models, memo)
+        copied = copy.deepcopy(models, memo)
     except Exception as error:
         names = " or ".join(type(model).__name__ for model in models)
         raise MisconfigurationException(
             f"{names} cannot be copied ({type(error).__name__}: {error}); give it a __deepcopy__ "
             "or take away the attribute that cannot be copied"
         ) from error
+    for part, twin in zip(
+        parts, (part for model in copied for part in model.modules()), strict=True
+    ):
+        for name, function in list(vars(twin).items()):
+            compiled = getattr(function, "_torchdynamo_orig_callable", None)
+            if (
+                isinstance(compiled, MethodType) and compiled.__self__ is part
+            ):  # it runs the original's weights
+                del vars(twin)[name]
+                if not hasattr(twin, name):
+                    vars(twin)[name] = MethodType(compiled.__func__, twin)
+    return copied
 
 
 def _own_copy(model: nn.Module, base: nn.Module, *, given: bool) -> nn.Module:

@@ -16,7 +16,8 @@ from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.reading import Example, Reading, Taken
 from lightning_duo.callback.refusals import REMEDY, SUPPORTED, is_constant
-from lightning_duo.callback.watch import Kind, Watch
+from lightning_duo.callback.rehearsal import has_compiled, is_compiled, rehearse
+from lightning_duo.callback.watch import Called, Kind, Watch
 from lightning_duo.isolation import evaluating, same_values, unnoticed
 from lightning_duo.nested import Path, at, leaves
 from lightning_duo.tasks import task_of
@@ -39,7 +40,8 @@ class Learnt:
     kind: Kind | None = None
     """Of the loss."""
     reruns: bool = False
-    """Whether the base has to run once more for its logits, as the step does not call it so."""
+    """Whether the base's logits are not seen in the step, which does not call it so or is compiled:
+    it has to run once more for them, and training does without them."""
     targets_at: Path | None = None
     """Where in the batch the targets are, for a user who tells the logits only."""
 
@@ -75,7 +77,7 @@ class Step:
         known: Reading | None = None,
         fresh: bool = False,
     ) -> None:
-        self.module, self.options, self.messages = module, options, messages
+        self.trainer, self.module, self.options, self.messages = trainer, module, options, messages
         self.stage, self.learnt, self.known, self.fresh = stage, learnt, known, fresh
         self.several, self.sanity = trainer.world_size > 1, trainer.sanity_checking
         told = options.batch_fn is not None or options.logits_fn is not None
@@ -87,9 +89,13 @@ class Step:
         self.looking = fresh or reading is None or learnt.looks < LOOKS
         self.looking |= reading is not None and reading.watching
         names = None if self.looking or reading is None else frozenset({reading.module})
+        self._hidden = is_compiled(module, stage)
+        self._called: list[Called] | None = None  # before a rehearsal showed more
         mine = batch if self.guess is None else (self.guess.inputs, self.guess.targets)
         self._before = _Snapshot(mine, copy=fresh)
-        self._watch = Watch(trainer, module, stage, names=names, losses=self.looking)
+        names = frozenset() if self._hidden else names
+        self._watch = Watch(module, names=names, losses=self.looking and not self._hidden)
+        self._watch.follow(trainer, stage)
 
     def finish(self) -> None:
         """Look no longer; may be called again."""
@@ -116,6 +122,8 @@ class Step:
             found = self._look(outputs)
         elif self.learnt.reading is not None and self.learnt.reading.guessed:
             found = self._without_loss(outputs, None)
+        elif self.learnt.reruns and self.stage == "training":
+            found = self._unseen(classes)
         elif self.learnt.reruns:
             found = self._without_loss(outputs, self.learnt.reading)
         else:
@@ -128,9 +136,13 @@ class Step:
     # ---- what the step itself tells ----
 
     def _look(self, outputs: Any) -> list[Example]:
-        seen, known = self._watch.seen, self.learnt.reading
+        known = self.learnt.reading
         if known is None or known.guessed:
             known = self.known
+        none = not self._watch.seen.losses and known is None
+        if self._hidden or (none and has_compiled()):
+            self._rehearse()
+        seen = self._watch.seen
         if not seen.losses or (seen.by_hand and known is not None):
             return self._without_loss(outputs, known)
         try:
@@ -144,16 +156,32 @@ class Step:
         return examples
 
     def _learnt(self) -> tuple[Reading, list[Example]]:
-        training = self.stage == "training"
-        return learn(
-            self._watch.seen, self.taken, self.module, head=self.options.head, training=training
-        )
+        how: dict[str, Any] = {"head": self.options.head, "training": self.stage == "training"}
+        try:
+            return learn(self._watch.seen, self.taken, self.module, **how)
+        except LookupError:
+            if self._called is not None or not has_compiled():
+                raise
+        self._rehearse()  # a function that the step calls may be compiled
+        return learn(self._watch.seen, self.taken, self.module, **how)
+
+    def _rehearse(self) -> None:
+        """See what is compiled in one more evaluation of the step."""
+        numbers = self._watch.given[1:]
+        found = rehearse(self.trainer, self.module, self.stage, self.taken.batch, numbers)
+        self._called = self._watch.seen.calls
+        self._watch.seen, self.taken = found
 
     def _remember(self, reading: Reading, examples: list[Example]) -> None:
         learnt = self.learnt
         same = learnt.reading is not None and learnt.reading.same_for == reading.same_for
         learnt.looks = learnt.looks + 1 if same else 1
         learnt.reading = reading
+        if self._called is not None:
+            mine = [called for called in self._called if called.name == reading.module]
+            learnt.reruns = len(mine) != reading.calls
+            if learnt.reruns and not self._is_in_batch(reading, examples[0]):
+                learnt.looks = 0  # every step is rehearsed
         said = reading.text(examples[0].call)
         self.messages.info(said, once=said)
         if reading.watching and self.messages.first("watched"):
@@ -161,6 +189,24 @@ class Step:
                 "the step computes its logits or targets itself, so every step is watched, which "
                 "takes about a millisecond each"
             )
+
+    def _is_in_batch(self, reading: Reading, example: Example) -> bool:
+        """Whether the batch tells what is to be learnt from a step of which nothing is seen."""
+        if reading.template is None or reading.calls != 1 or reading.watching:
+            return False
+        if self.stage != "training":
+            return True
+        assert example.logits is not None
+        outputs = reading.task.outputs(example.logits)
+        return reading.blank(self.taken.batch, outputs).shape == example.logits.shape
+
+    def _unseen(self, classes: int | None) -> list[Example]:
+        """The example of a training step that is compiled, whose logits nobody needs."""
+        reading, batch = self.learnt.reading, self.taken.batch
+        assert reading is not None
+        logits = reading.blank(batch, classes or 0)
+        targets = reading.pieces[0].read(batch, logits, reading.task)
+        return [Example(reading.call_of(batch), logits, targets)]
 
     def _refuse_constant(self, reading: Reading, examples: list[Example]) -> None:
         """Refuse targets that the step makes, all alike, in one step after the other."""
@@ -276,8 +322,8 @@ class Step:
                 f"training step does ({error}), so its logits are not known; {REMEDY}"
             ) from error
         self.messages.info(
-            f"the {self.stage} step does not call {known.name}, so it runs once more per batch for "
-            "its logits",
+            f"the {self.stage} step does not call {known.name}, or is compiled, so it runs once "
+            "more per batch for its logits",
             once="extra forward",
         )
         self.learnt.reruns = True

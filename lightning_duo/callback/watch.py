@@ -123,6 +123,8 @@ class LossMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return result  # what is compiled must stay what it is without this
         if func in LOSSES:
             if _in_a_metric():
                 return result
@@ -241,27 +243,39 @@ def _in_a_metric() -> bool:
 class Watch:
     """Looks at the steps of one batch, from its start to its end.
 
+    Compiled code is looked at from outside: whatever is inside it would be compiled anew, to
+    something else.
+
     Args:
-        trainer: The user's.
         module: The base.
-        stage: "training", "validation" or "test".
         names: Modules whose calls are to be seen; None for all.
         losses: Whether to look for losses too.
+        mode: What notes the losses.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
         module: LightningModule,
-        stage: str,
         *,
         names: frozenset[str] | None,
         losses: bool,
+        mode: Callable[[], LossMode] = LossMode,
     ) -> None:
-        self.module, self.names, self.losses = module, names, losses
+        self.module, self.names, self.losses, self.mode = module, names, losses, mode
         self.seen = Seen([], [], [])
+        self.given: tuple[Any, ...] = ()
+        """What the step was given: its batch, and the numbers of that and of the loader."""
         self._mode: LossMode | None = None
         self._open: list[list[tuple[Tensor, int]]] = []  # of the calls that are going on
+        self._taken: Callable[[], None] = _nothing
+
+    def follow(self, trainer: Trainer, stage: str) -> None:
+        """Look at the steps that a Trainer's strategy runs, until `finish`.
+
+        Args:
+            trainer: The user's.
+            stage: "training", "validation" or "test".
+        """
         self._taken = _take_step(trainer.strategy, f"{stage}_step", self)
 
     def finish(self) -> None:
@@ -269,57 +283,73 @@ class Watch:
         self._taken()
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Around the step itself, of which the last of several evaluations counts."""
-        self.seen = Seen([], [], [])
-        handles = [h for name, part in self._parts() for h in self._hooked(name, part)]
-        own = self.names is None or "" in self.names
-        with self._own_forward() if own else nullcontext():
-            try:
-                if not self.losses:
-                    yield
-                    return
-                self._mode = LossMode()
-                with self._mode:
-                    yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                if self._mode is not None:
-                    sources = [(result, x) for _, x, result in self._mode.soft]
-                    found, by_hand = self._mode.found(), not self._mode.losses
-                    made = self._mode.is_made
-                    self.seen = Seen(found, self.seen.calls, sources, by_hand, made)
-                self._mode = None
-                self._open.clear()
+    def looking(self, *given: Any) -> Iterator[None]:
+        """Around the step itself, of which the last of several evaluations counts.
+
+        Args:
+            given: What the step is given.
+        """
+        self.seen, self.given = Seen([], [], []), given
+        with ExitStack() as stack:
+            if self.names is None or "" in self.names:
+                stack.enter_context(self._replaced("", self.module))
+            for name, part in self._parts():
+                if _is_compiled(part):
+                    stack.enter_context(self._replaced(name, part))
+                else:
+                    for handle in self._hooked(name, part):
+                        stack.callback(handle.remove)
+            stack.callback(self._open.clear)
+            if self.losses:
+                stack.callback(self._note_losses)
+                self._mode = stack.enter_context(self.mode())
+            yield
+
+    def _note_losses(self) -> None:
+        if self._mode is not None:
+            sources = [(result, x) for _, x, result in self._mode.soft]
+            found, by_hand = self._mode.found(), not self._mode.losses
+            made = self._mode.is_made
+            self.seen = Seen(found, self.seen.calls, sources, by_hand, made)
+        self._mode = None
 
     @contextmanager
-    def _own_forward(self) -> Iterator[None]:
-        """See the forward of the user's module, also where a step calls it by its name."""
-        own, forward = vars(self.module), self.module.forward
-        before = own.get("forward")
+    def _replaced(self, name: str, part: nn.Module) -> Iterator[None]:
+        """See the calls of a module that hooks do not see.
+
+        They are those of the user's own, whose forward a step may call by its name, and those of
+        modules that `torch.nn.Module.compile` has compiled with their hooks.
+        """
+        key = "_compiled_call_impl" if _is_compiled(part) else "forward"
+        own, function = vars(part), getattr(part, key)
+        before = own.get(key)
 
         def seen(*args: Any, **kwargs: Any) -> Any:
-            self._enter(self.module, args, kwargs)
-            output = forward(*args, **kwargs)
-            self._leave("", self.module, Call(args, dict(kwargs)), output)
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            self._enter(part, args, kwargs)
+            with self._unseen() if _is_compiled(part) else nullcontext():
+                output = function(*args, **kwargs)
+            self._leave(name, part, Call(args, dict(kwargs)), output)
             return output
 
-        own["forward"] = seen
+        own[key] = seen
         try:
             yield
         finally:
-            if own.get("forward") is seen:
-                del own["forward"]
+            if own.get(key) is seen:
+                del own[key]
                 if before is not None:
-                    own["forward"] = before
+                    own[key] = before
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        if _is_compiled(self.module):
+            return
         inside: tuple[str, ...] = ()  # a compiled module's parts are not called one by one
         for name, part in self.module.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
-            if type(part).__name__ == "OptimizedModule" or isinstance(part, torch.jit.ScriptModule):
+            if _is_wrapped(part) or _is_compiled(part) or isinstance(part, torch.jit.ScriptModule):
                 inside = (*inside, name + ".")
             if isinstance(part, Metric | _Loss):
                 continue
@@ -328,12 +358,17 @@ class Watch:
 
     def _hooked(self, name: str, part: nn.Module) -> list[Any]:
         def leave(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            self._leave(name, module, Call(args, dict(kwargs)), output)
+            if not torch.compiler.is_compiling():
+                self._leave(name, module, Call(args, dict(kwargs)), output)
+
+        def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling():
+                self._enter(module, args, kwargs)
 
         handles = [part.register_forward_hook(leave, with_kwargs=True)]
         if self.names is None:
-            handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
-        if self.losses and type(part).__name__ == "OptimizedModule":  # else compiled anew
+            handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+        if self.losses and _is_wrapped(part):
             handles.append(part.register_forward_pre_hook(self._pause))
             handles.append(part.register_forward_hook(self._go_on, always_call=True))
         return handles
@@ -352,6 +387,15 @@ class Watch:
         deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]
         if len(deep) > RECENT:
             del calls[deep[0]]
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Around compiled code, which is compiled anew under another mode."""
+        self._pause()
+        try:
+            yield
+        finally:
+            self._go_on()
 
     def _pause(self, *_: Any) -> None:
         if self._mode is not None:
@@ -375,7 +419,7 @@ def _take_step(strategy: Any, name: str, watch: Watch) -> Callable[[], None]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 for watcher in list(watchers):
-                    stack.enter_context(watcher.looking())
+                    stack.enter_context(watcher.looking(*args))
                 return step(*args, **kwargs)
 
         watched.watchers = watchers  # type: ignore[attr-defined]
@@ -389,3 +433,17 @@ def _take_step(strategy: Any, name: str, watch: Watch) -> Callable[[], None]:
             vars(strategy).pop(name, None)
 
     return end
+
+
+def _nothing() -> None:
+    """Nothing is to be ended."""
+
+
+def _is_wrapped(part: nn.Module) -> bool:
+    """Whether this is what ``torch.compile`` makes of a module."""
+    return type(part).__name__ == "OptimizedModule"
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether a module has compiled itself, by its method ``compile``."""
+    return vars(part).get("_compiled_call_impl") is not None
