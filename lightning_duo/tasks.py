@@ -72,10 +72,12 @@ class Classes:
         if self.ignore_index is None:
             return rows._replace(targets=check_targets(targets, logits.shape[-1]))
         kept = targets != self.ignore_index
+        if bool(kept.all()):
+            return rows._replace(targets=check_targets(targets, logits.shape[-1]))
         return Rows(
             rows.logits[kept],
             check_targets(targets[kept], logits.shape[-1]),
-            None if items is None and bool(kept.all()) else _all_items(rows, items)[kept],
+            _all_items(rows, items)[kept],
         )
 
     def back(self, values: Tensor, output: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class Kept:
         """At 0 all rows are kept."""
         self.size = 0
         """Bytes of the kept rows."""
+        self.rows = 0
+        """How many rows are kept."""
         self.several = False
         """Whether items with several rows were among those seen."""
 
@@ -103,7 +105,7 @@ class Kept:
         """
         chunk = _Chunk(*logits, items, keys).where(self._are_kept(keys))
         self._chunks.append(_Chunk(*map(_alone, chunk)))
-        self.size += _size(self._chunks[-1])
+        self._count()
 
     def thin(self, level: int) -> None:
         """Keep only rows of a higher level."""
@@ -111,16 +113,15 @@ class Kept:
             self.level = level
             for i, chunk in enumerate(self._chunks):  # one by one, to need no second copy of all
                 self._chunks[i] = _Chunk(*map(_alone, chunk.where(self._are_kept(chunk.keys))))
-            self.size = sum(map(_size, self._chunks))
+            self._count()
+
+    def _count(self) -> None:
+        self.size = sum(map(_size, self._chunks))
+        self.rows = sum(len(chunk.keys) for chunk in self._chunks)
 
     def _are_kept(self, keys: Tensor) -> Tensor:
         # A shift by all 63 bits leaves 0, as if every key were low enough.
         return keys >> (LEVELS - self.level) == 0
-
-    @property
-    def rows(self) -> int:
-        """How many rows are kept."""
-        return sum(len(chunk.keys) for chunk in self._chunks)
 
     @property
     def soft(self) -> bool:
@@ -128,7 +129,7 @@ class Kept:
         return any(chunk.targets.is_floating_point() for chunk in self._chunks)
 
     def sample(self, num_classes: int, *, soft: bool, several: bool) -> Sample:
-        """The rows that are kept.
+        """The rows that are kept, which are given away: there may be no memory for two copies.
 
         Args:
             num_classes: K.
@@ -137,15 +138,15 @@ class Kept:
         """
         none = torch.zeros(0, num_classes)
         number = torch.zeros(0, dtype=torch.long)
-        chunks = self._chunks or [_Chunk(none, none, number, number, number)]
-        targets = [chunk.targets for chunk in chunks]
+        chunks, self._chunks = self._chunks or [_Chunk(none, none, number, number, number)], []
+        columns = [list(column) for column in zip(*chunks, strict=True)]
+        del chunks
         if soft:
-            targets = [x if x.is_floating_point() else _one_hot(x, num_classes) for x in targets]
-        base, sidekick, items = (
-            torch.cat([getattr(chunk, name) for chunk in chunks])
-            for name in ("base", "sidekick", "items")
-        )
-        return Sample(Logits(base, sidekick, torch.cat(targets)), items if several else None)
+            columns[2] = [
+                x if x.is_floating_point() else _one_hot(x, num_classes) for x in columns[2]
+            ]
+        base, sidekick, targets, items = (torch.cat(columns.pop(0)) for _ in range(4))
+        return Sample(Logits(base, sidekick, targets), items if several else None)
 
 
 def _one_hot(targets: Tensor, num_classes: int) -> Tensor:

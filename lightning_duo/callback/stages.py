@@ -271,6 +271,7 @@ class Validation(Stage):
             for i in measurable
             if i == self.needed or self._is_usable(i, samples[i].logits)
         }
+        samples.clear()
         fitted = self._fitted(fit, found, classes)
         if fitting and run.sidekick is not None:
             if run.best is None or fit.nll_sidekick < run.best.nll:
@@ -300,7 +301,10 @@ class Validation(Stage):
             self.log.value(name, math.nan)
 
     def _fitted(self, fit: TemperatureFit, samples: dict[int, Sample], classes: int) -> Fitted:
-        """Take the temperatures, and measure the samples of all loaders with them."""
+        """Take the temperatures, and measure the samples of all loaders with them.
+
+        They are taken out one by one: there may be no memory for them and what they are told of.
+        """
         run = self.run
         if fit.status == "separable":
             run.messages.warn(
@@ -308,9 +312,11 @@ class Validation(Stage):
                 "are best and confidences will be near 1; validate on more samples"
             )
         found = {}
-        for index, sample in samples.items():
+        for index in list(samples):
             metrics = DuoMetrics(classes, fit)
-            metrics.update(*sample.logits, items=sample.items)
+            logits, items = samples.pop(index)
+            metrics.update(*logits, items=items)
+            del logits, items
             found[index] = self.processes.predictions(metrics)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

@@ -24,6 +24,7 @@ COLUMNS = {
     "nll": torch.float64,
     "brier": torch.float32,
 }
+ROWS = 1 << 18  # of a batch that are judged at a time, as what is said of them takes memory
 
 
 def evaluate(
@@ -166,13 +167,26 @@ class DuoMetrics(Metric):
         """
         members = {"base": base_logits, "sidekick": sidekick_logits, **others}
         items = check_items(items, len(targets))
-        said = [judge(form, members, targets, score=self.ranked_by) for form in self.forms.values()]
-        for name, dtype in COLUMNS.items():
-            column = torch.stack([getattr(one, name) for one in said], dim=1)
-            getattr(self, name).append(column.to(dtype))
+        rows = max(map(len, (targets, *members.values())))
+        judged = [
+            self._judged(
+                {name: x[i : i + ROWS] for name, x in members.items()}, targets[i : i + ROWS]
+            )
+            for i in range(0, max(1, rows), ROWS)
+        ]
+        for name, parts in zip(COLUMNS, zip(*judged, strict=True), strict=True):
+            getattr(self, name).extend(parts)
         self.targets.append(likeliest(targets))
         if items is not None:
             self.items.append(items)
+
+    def _judged(self, members: Mapping[str, Tensor], targets: Tensor) -> list[Tensor]:
+        """What the forms say of some rows: for each of `COLUMNS`, shape (R, F)."""
+        said = [judge(form, members, targets, score=self.ranked_by) for form in self.forms.values()]
+        return [
+            torch.stack([getattr(one, name) for one in said], dim=1).to(dtype)
+            for name, dtype in COLUMNS.items()
+        ]
 
     @override
     def compute(self) -> dict[str, dict[str, float]]:
