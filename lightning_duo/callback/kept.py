@@ -105,7 +105,8 @@ class Kept:
         """
         chunk = _Chunk(*logits, items, keys).where(self._are_kept(keys))
         self._chunks.append(_Chunk(*map(_alone, chunk)))
-        self._count()
+        self.size += _size(self._chunks[-1])
+        self.rows += len(chunk.keys)
 
     def thin(self, level: int) -> None:
         """Keep only rows of a higher level."""
@@ -113,11 +114,8 @@ class Kept:
             self.level = level
             for i, chunk in enumerate(self._chunks):  # one by one, to need no second copy of all
                 self._chunks[i] = _Chunk(*map(_alone, chunk.where(self._are_kept(chunk.keys))))
-            self._count()
-
-    def _count(self) -> None:
-        self.size = sum(map(_size, self._chunks))
-        self.rows = sum(len(chunk.keys) for chunk in self._chunks)
+            self.size = sum(map(_size, self._chunks))
+            self.rows = sum(len(chunk.keys) for chunk in self._chunks)
 
     def _are_kept(self, keys: Tensor) -> Tensor:
         # A shift by all 63 bits leaves 0, as if every key were low enough.
@@ -139,14 +137,22 @@ class Kept:
         none = torch.zeros(0, num_classes)
         number = torch.zeros(0, dtype=torch.long)
         chunks, self._chunks = self._chunks or [_Chunk(none, none, number, number, number)], []
-        columns = [list(column) for column in zip(*chunks, strict=True)]
-        del chunks
-        if soft:
-            columns[2] = [
-                x if x.is_floating_point() else _one_hot(x, num_classes) for x in columns[2]
-            ]
-        base, sidekick, targets, items = (torch.cat(columns.pop(0)) for _ in range(4))
+        for i, chunk in enumerate(chunks):
+            if soft and not chunk.targets.is_floating_point():
+                chunks[i] = chunk._replace(targets=_one_hot(chunk.targets, num_classes))
+        base, sidekick, targets, items, _ = _joined(chunks)
         return Sample(Logits(base, sidekick, targets), items if several else None)
+
+
+def _joined(chunks: list[_Chunk]) -> list[Tensor]:
+    """Each column of all chunks, which are emptied, so that no column is twice in the memory."""
+    columns = [list(column) for column in zip(*chunks, strict=True)]
+    chunks.clear()
+    joined = []
+    while columns:
+        parts = columns.pop(0)
+        joined.append(torch.cat(parts))
+    return joined
 
 
 def _one_hot(targets: Tensor, num_classes: int) -> Tensor:
