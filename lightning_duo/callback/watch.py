@@ -230,7 +230,9 @@ def _fits(targets: Tensor, logits: Tensor) -> bool:
 
 def _in_a_metric() -> bool:
     """Whether a metric of torchmetrics computes this, which is no loss of the step."""
-    frame = inspect.currentframe()
+    own = inspect.currentframe()
+    frame = None if own is None else own.f_back
+    del own  # a frame that holds itself would keep all that the others hold
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Metric):
             return True
@@ -281,6 +283,7 @@ class Watch:
     def finish(self) -> None:
         """Look no longer; may be called again."""
         self._taken()
+        self._taken = _nothing  # it refers to this, and what was seen should go with the step
 
     @contextmanager
     def looking(self, *given: Any) -> Iterator[None]:

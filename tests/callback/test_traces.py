@@ -1,5 +1,8 @@
 """What the callback leaves on the user's module, strategy and loaders: nothing."""
 
+import gc
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -112,3 +115,49 @@ def test_known_steps_run_with_one_hook() -> None:
     assert len(module.inside) == 14
     assert module.inside[2:7] == [1] * 5
     assert module.inside[8:] == [1] * 6
+
+
+class Remembers(Classifier):
+    """Knows which of its outputs are still somewhere in the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        self.outputs.append(weakref.ref(output))
+        return output
+
+    def alive(self) -> int:
+        return sum(output() is not None for output in self.outputs)
+
+
+class Alive(L.Callback):
+    """The most outputs of the module that lived at the start of a batch."""
+
+    most = 0
+
+    def look(self, trainer: L.Trainer, pl_module: Remembers, *_: object) -> None:
+        self.most = max(self.most, pl_module.alive())
+
+    on_train_batch_start = on_validation_batch_start = look
+
+
+@pytest.fixture
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_garbage_collection")
+def test_outputs_go_with_their_batch() -> None:
+    """Without a garbage collection, which large outputs would have to wait for."""
+    module, alive = Remembers(), Alive()
+    trainer = make_trainer(make_duo(), alive)
+    trainer.fit(module, loader(TRAIN), loader(VAL))
+    assert len(module.outputs) > 20
+    assert alive.most <= 1
+    assert module.alive() == 0
