@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_duo.base import Call
 from lightning_duo.callback.layout import in_places, tensor_at
+from lightning_duo.callback.loss_calls import Loss
 from lightning_duo.callback.matches import Match, match_of, shares
 from lightning_duo.callback.reading import Example, Piece, Reading, Taken, constants_of
 from lightning_duo.callback.refusals import refuse
@@ -19,7 +20,7 @@ from lightning_duo.callback.targets import (
     piece_of,
     target_of,
 )
-from lightning_duo.callback.watch import Called, Loss, Seen
+from lightning_duo.callback.watch import Called, Seen
 from lightning_duo.nested import Path, at, leaves, path_text
 from lightning_duo.tasks import Classes, Labels, Task
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_duo.base import Call
+from lightning_duo.callback.loss_calls import Loss
 from lightning_duo.callback.matches import shares
 from lightning_duo.callback.reading import Piece
-from lightning_duo.callback.watch import Loss
 from lightning_duo.nested import leaves
 
 SUPPORTED = (

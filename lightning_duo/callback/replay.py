@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_duo.callback.guess import plain_logits
+from lightning_duo.callback.loss_calls import Loss, LossMode
 from lightning_duo.callback.reading import Reading
-from lightning_duo.callback.watch import Loss, LossMode
 from lightning_duo.isolation import unnoticed
 from lightning_duo.module import DuoModule
 from lightning_duo.tasks import Classes

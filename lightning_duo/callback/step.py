@@ -6,20 +6,21 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_duo.base import Call, logits_in
 from lightning_duo.callback.explain import learn, with_targets
 from lightning_duo.callback.guess import Guess, plain_logits
-from lightning_duo.callback.matches import memory
+from lightning_duo.callback.loss_calls import Kind
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.reading import Example, Reading, Taken
 from lightning_duo.callback.refusals import REMEDY, SUPPORTED, is_constant
 from lightning_duo.callback.rehearsal import has_compiled, is_compiled, rehearse
-from lightning_duo.callback.watch import Called, Kind, Watch
-from lightning_duo.isolation import evaluating, same_values, unnoticed
-from lightning_duo.nested import Path, at, leaves
+from lightning_duo.callback.snapshot import Snapshot
+from lightning_duo.callback.watch import Called, Watch
+from lightning_duo.isolation import evaluating, unnoticed
+from lightning_duo.nested import Path, at
 from lightning_duo.tasks import task_of
 
 Stage: TypeAlias = Literal["training", "validation", "test"]
@@ -92,7 +93,7 @@ class Step:
         self._hidden = is_compiled(module, stage)
         self._called: list[Called] | None = None  # before a rehearsal showed more
         mine = batch if self.guess is None else (self.guess.inputs, self.guess.targets)
-        self._before = _Snapshot(mine, copy=fresh)
+        self._before = Snapshot(mine, copy=fresh)
         names = frozenset() if self._hidden else names
         self._watch = Watch(module, names=names, losses=self.looking and not self._hidden)
         self._watch.follow(trainer, stage)
@@ -397,41 +398,6 @@ class Step:
         self.learnt.reading = Reading("", (), task, (), template=(), guessed=True)
         self.learnt.looks += 1
         return [Example(guess.call, logits, guess.targets, ())]
-
-
-class _Snapshot:
-    """The tensors of a batch before a step, to tell whether the step changes them in place.
-
-    Args:
-        batch: Inputs and targets, nested as they come.
-        copy: Whether to compare values too: tensors made in inference mode count no changes, nor
-            do others where they are changed behind autograd's back.
-    """
-
-    def __init__(self, batch: Any, *, copy: bool) -> None:
-        tensors = [leaf for _, leaf in leaves(batch)]
-        self._counted = [(t, t._version) for t in tensors if not t.is_inference()]
-        whole = [t for t in tensors if copy and t.layout == torch.strided]
-        self._copied = [(t, t.clone()) for t in whole]
-
-    def check(self, module: nn.Module, examples: list[Example]) -> None:
-        """Raise ValueError if a tensor that the sidekick sees is not what it was."""
-        used = {memory(t) for e in examples for _, t in leaves((e.call, e.targets))}
-        before = {id(t): (t, version) for t, version in self._counted if memory(t) in used}
-        # A tensor of a call counts as it was then, whatever the step did with it before.
-        then = {id(t): (t, version) for e in examples for t, version in e.versions}
-        changed = [t for t, version in (before | then).values() if t._version != version]
-        counted = {id(t) for t, version in before.values() if t._version != version}
-        copied = [(t, copy) for t, copy in self._copied if memory(t) in used]
-        changed += [t for t, copy in copied if id(t) not in counted and not same_values(t, copy)]
-        if changed:
-            raise ValueError(
-                f"{type(module).__name__} changed the batch in place (the tensor of shape "
-                f"{tuple(changed[0].shape)}), so the sidekick would see other data than the base "
-                "got; work on a copy in the step (x = x.clone()), or pass DuoCallback(..., "
-                "batch_fn=lambda batch: (batch[0].clone(), batch[1].clone())), which is called "
-                "before the step"
-            )
 
 
 def _close(one: Tensor | None, other: Tensor | None) -> bool:
