@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from lightning_duo._version import __version__
 from lightning_duo.calibration import Calibration
 from lightning_duo.callback.fitted import BestSidekick, Fitted
+from lightning_duo.callback.learnt import Learnt, Stage
 from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import Sidekick
-from lightning_duo.callback.step import Learnt, Stage
 from lightning_duo.callback.training import Progress
 
 STATE_VERSION = 3

@@ -11,8 +11,9 @@ from lightning_duo.base import Call
 from lightning_duo.callback.layout import in_places, tensor_at
 from lightning_duo.callback.loss_calls import Loss
 from lightning_duo.callback.matches import Match, match_of, shares
-from lightning_duo.callback.reading import Example, Piece, Reading, Taken, constants_of
+from lightning_duo.callback.reading import Example, Piece, Reading
 from lightning_duo.callback.refusals import refuse
+from lightning_duo.callback.taken import Taken, constants_of
 from lightning_duo.callback.targets import (
     flat_targets,
     ignored,

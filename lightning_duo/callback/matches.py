@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo.callback.loss_calls import Loss
-from lightning_duo.callback.reading import Taken
+from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.watch import Called, Seen
 from lightning_duo.nested import Path, leaves
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_duo.callback.loss_calls import LossMode
-from lightning_duo.callback.reading import Taken
 from lightning_duo.callback.refusals import REMEDY
 from lightning_duo.callback.sidekick import copies
+from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.watch import Seen, Watch
 from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.nested import kept

@@ -23,13 +23,13 @@ from lightning_duo.callback.found import (
     together,
 )
 from lightning_duo.callback.kept import Sample
+from lightning_duo.callback.learnt import Stage as StepOf
 from lightning_duo.callback.log import MetricLog, stage_name, without
 from lightning_duo.callback.outputs import run_sidekick, sidekick_logits
 from lightning_duo.callback.processes import Processes, agree
 from lightning_duo.callback.reading import Example
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.samples import Collected, running_loaders
-from lightning_duo.callback.step import Stage as StepOf
 from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import (
     DuoMetrics,

@@ -1,50 +1,25 @@
 """One step of the base: what goes in, and which logits it makes of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_duo.base import Call, logits_in
-from lightning_duo.callback.explain import learn, with_targets
+from lightning_duo.callback.explain import learn
 from lightning_duo.callback.guess import Guess, plain_logits
-from lightning_duo.callback.loss_calls import Kind
+from lightning_duo.callback.learnt import LOOKS, Learnt, Stage
+from lightning_duo.callback.lossless import Lossless, may_skip
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
-from lightning_duo.callback.reading import Example, Reading, Taken
+from lightning_duo.callback.reading import Example, Reading
 from lightning_duo.callback.refusals import REMEDY, SUPPORTED, is_constant
 from lightning_duo.callback.rehearsal import has_compiled, is_compiled, rehearse
+from lightning_duo.callback.rerun import without_labels
 from lightning_duo.callback.snapshot import Snapshot
+from lightning_duo.callback.taken import Taken
+from lightning_duo.callback.told import note_kind, read_told
 from lightning_duo.callback.watch import Called, Watch
-from lightning_duo.isolation import evaluating, unnoticed
-from lightning_duo.nested import Path, at
-from lightning_duo.tasks import task_of
-
-Stage: TypeAlias = Literal["training", "validation", "test"]
-LOOKS = 2  # steps of a kind that are watched before what was learnt is relied on
-
-
-@dataclass
-class Learnt:
-    """What is known of the steps of one stage; it grows with them."""
-
-    reading: Reading | None = None
-    looks: int = 0
-    """Steps in a row that were watched and did the same."""
-    constant: int = 0
-    """Steps in a row whose targets were one number that the step made."""
-    leaks: bool | None = None
-    """Whether the logits depend on the labels that the call was given; None: not known yet."""
-    kind: Kind | None = None
-    """Of the loss."""
-    reruns: bool = False
-    """Whether the base's logits are not seen in the step, which does not call it so or is compiled:
-    it has to run once more for them, and training does without them."""
-    targets_at: Path | None = None
-    """Where in the batch the targets are, for a user who tells the logits only."""
+from lightning_duo.nested import at
 
 
 class Step:
@@ -131,7 +106,8 @@ class Step:
             found = self._replay()
         self._before.check(self.module, found)
         if self.stage != "training":
-            found = self._without_labels(found)
+            given = found, self.module, self.learnt, self.messages
+            found = without_labels(*given, stage=self.stage)
         return found
 
     # ---- what the step itself tells ----
@@ -238,26 +214,19 @@ class Step:
                 f"a {self.stage} step did something else than those before it: {error}; {REMEDY}"
             ) from error
 
-    # ---- steps without a loss ----
+    # ---- other steps ----
 
     def _without_loss(self, outputs: Any, known: Reading | None) -> list[Example]:
-        calls, batch = self._watch.seen.calls, self.taken.batch
-        if not calls and self._may_skip(outputs, known):
+        calls = self._watch.seen.calls
+        if not calls and may_skip(outputs, known, stage=self.stage):
             return []
         if known is not None:
-            returned = self._returned(outputs, known)
+            given = self.learnt, self.messages, self.stage, self.taken, calls
+            step = Lossless(self.module, known, *given)
+            returned = step.returned(outputs)
             if returned is not None:
                 return returned
-            if known.whole:
-                raise ValueError(
-                    f"the {self.stage} step computes no loss and returns no logits, and only the "
-                    f"step makes them, from what {known.name} gives; {REMEDY}"
-                )
-            try:
-                reading = with_targets(known, calls, self.taken)
-                examples = reading.read(calls, batch)
-            except LookupError:
-                reading, examples = self._elsewhere(known)
+            reading, examples = step.called()
             self._remember(reading, examples)
             return examples
         if self.stage == "training":
@@ -270,111 +239,16 @@ class Step:
                 )
         if self.sanity:
             return []  # the training step will tell
-        guess = Guess(self.module, batch, self.options, self.messages, first=self.fresh)
-        return self._guessed(guess, outputs, None)
-
-    def _may_skip(self, outputs: Any, known: Reading | None) -> bool:
-        """Whether a step that calls no module has left out its batch: one without objects, say."""
-        nothing = outputs is None or (isinstance(outputs, Mapping) and not outputs)
-        lost = known is not None and known.template is None  # one more forward is not possible
-        return nothing and (self.stage == "training" or lost)
-
-    def _returned(self, outputs: Any, known: Reading) -> list[Example] | None:
-        """Logits that a step without a loss returns by that name, or makes itself."""
-        logits = plain_logits(outputs)
-        if logits is None or (isinstance(outputs, Tensor) and not known.whole):
-            return None
-        try:
-            call = known.call_of(self.taken.batch)
-            targets = known.pieces[0].read(self.taken.batch, logits, known.task)
-        except LookupError:
-            return None
-        self.learnt.reading = known
-        if not known.whole and self.messages.first("logits compared"):
-            own = [c.output for c in self._watch.seen.calls if c.name == known.module]
-            found = [logits_in(output, known.logits_at) for output in own]
-            if not any(_close(one, logits) for one in found):
-                self.messages.warn(
-                    f"the {self.stage} step returns other logits {tuple(logits.shape)} than "
-                    f"{known.name}, which the duo will call, gives for the same inputs; what it "
-                    "returns is taken for the base's logits. Pass DuoCallback(..., "
-                    "logits_fn=lambda module, inputs: ...) that gives the logits which are meant"
-                )
-        return [Example(call, logits.detach(), targets)]
-
-    def _elsewhere(self, known: Reading) -> tuple[Reading, list[Example]]:
-        """Logits of another module, such as an average, or of one more forward."""
-        for called in reversed(self._watch.seen.calls):
-            if called.name == known.module or self.taken.parts_of(called.call) is None:
-                continue
-            first = replace(known.pieces[0], number=0)
-            reading = replace(known, module=called.name, pieces=(first,), calls=1)
-            try:
-                return reading, reading.read([called], self.taken.batch)
-            except (LookupError, ValueError):
-                continue
-        try:
-            call = known.call_of(self.taken.batch)
-            logits = self._logits_of(known, call)
-            targets = known.pieces[0].read(self.taken.batch, logits, known.task)
-        except LookupError as error:
-            raise ValueError(
-                f"the {self.stage} step computes no loss and does not call {known.name} as the "
-                f"training step does ({error}), so its logits are not known; {REMEDY}"
-            ) from error
-        self.messages.info(
-            f"the {self.stage} step does not call {known.name}, or is compiled, so it runs once "
-            "more per batch for its logits",
-            once="extra forward",
-        )
-        self.learnt.reruns = True
-        return known, [Example(call, logits, targets)]
-
-    def _logits_of(self, reading: Reading, call: Call) -> Tensor:
-        """What the module that a reading names gives for a call, in eval mode."""
-        part = reading.part_of(self.module)
-        with evaluating(self.module), unnoticed(self.module):
-            logits = logits_in(call.of(part), reading.logits_at)
-        if logits is None:
-            raise LookupError(f"{reading.name} returns no logits without the labels")
-        return logits.detach()
-
-    def _without_labels(self, examples: list[Example]) -> list[Example]:
-        """The same with logits that do not know the labels, if those of the step do."""
-        reading, learnt = self.learnt.reading, self.learnt
-        if reading is None or not reading.labels or reading.whole or learnt.leaks is False:
-            return examples
-        try:
-            again = [e._replace(logits=self._logits_of(reading, e.call)) for e in examples]
-        except Exception as error:  # whatever the user's model may raise
-            raise ValueError(
-                f"{reading.name} is called with the labels and cannot run without them "
-                f"({type(error).__name__}: {error}), as a deployed duo will have to; give them a "
-                "default of None in its forward, or pass DuoCallback(..., "
-                "logits_fn=lambda module, inputs: ...)"
-            ) from error
-        if learnt.leaks is None:
-            pairs = zip(again, examples, strict=True)
-            learnt.leaks = not all(_close(a.logits, e.logits) for a, e in pairs)
-            if learnt.leaks:
-                self.messages.warn(
-                    f"the logits of {reading.name} depend on the labels that it is called with (a "
-                    "margin?); the duo uses those without labels, which takes one more forward per "
-                    f"{self.stage} batch",
-                    once="leaks",
-                )
-        return again if learnt.leaks else examples
-
-    # ---- what the user tells ----
+        first = self.fresh
+        guess = Guess(self.module, self.taken.batch, self.options, self.messages, first=first)
+        return self._read_told(guess, outputs, None)
 
     def _told(self, guess: Guess, outputs: Any, classes: int | None) -> list[Example]:
         if self.looking:
-            losses = self._watch.seen.losses
-            kinds = [loss.kind for loss in losses if not self._watch.seen.by_hand]
-            self.learnt.kind = next(iter(kinds), self.learnt.kind)
+            note_kind(self._watch.seen, self.learnt)
             if self.options.batch_fn is None:
                 self._learn_targets(guess)
-        return self._guessed(guess, outputs, classes)
+        return self._read_told(guess, outputs, classes)
 
     def _learn_targets(self, guess: Guess) -> None:
         """Take the targets that the loss was given where they are known to the eye."""
@@ -386,21 +260,6 @@ class Step:
             self.learnt.targets_at = reading.pieces[0].targets
             guess.targets = at(self.taken.batch, reading.pieces[0].targets)
 
-    def _guessed(self, guess: Guess, outputs: Any, classes: int | None) -> list[Example]:
-        if self.stage == "training" and classes and self.learnt.reading is not None:
-            logits = None  # nothing more is to be known of them
-            task = self.learnt.reading.task
-        else:
-            logits = guess.logits(outputs, self._watch.seen.calls, classes=classes or 0)
-            task = self.options.task or task_of(
-                logits, guess.targets, labels=self.learnt.kind in ("labels", "probabilities")
-            )
-        self.learnt.reading = Reading("", (), task, (), template=(), guessed=True)
-        self.learnt.looks += 1
-        return [Example(guess.call, logits, guess.targets, ())]
-
-
-def _close(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None or one.shape != other.shape:
-        return False
-    return torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+    def _read_told(self, guess: Guess, outputs: Any, classes: int | None) -> list[Example]:
+        given = guess, outputs, self._watch.seen.calls, self.options, self.learnt
+        return read_told(*given, stage=self.stage, classes=classes)

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_duo.callback.layout import IGNORED, fitted
 from lightning_duo.callback.loss_calls import Loss
 from lightning_duo.callback.matches import Match, same, shares
-from lightning_duo.callback.reading import Piece, Taken
+from lightning_duo.callback.reading import Piece
+from lightning_duo.callback.taken import Taken
 from lightning_duo.nested import Path, at, leaves
 from lightning_duo.tasks import Classes, Labels, Task
 
