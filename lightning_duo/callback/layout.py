@@ -24,8 +24,13 @@ def tensor_at(output: Any, path: Path) -> Tensor:
     found = at(output, path[:-1] if picked else path)
     if not isinstance(found, Tensor) or (picked and found.ndim < 3):
         raise LookupError(f"the output has no tensor at {path_text(path) or 'its top'}")
-    found = found.as_subclass(Tensor)  # one with metadata would carry them along
+    found = _plain(found)  # one with metadata would carry them along
     return found[:, POSITIONS[str(picked)]] if picked else found
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same without what a subclass adds."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def places_of(logits: Tensor, task: Task) -> torch.Size:
@@ -44,7 +49,7 @@ def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Ten
         return None
     if leaf.layout != torch.strided or leaf.is_nested:
         return None
-    leaf = leaf.as_subclass(Tensor)
+    leaf = _plain(leaf)
     if spread:
         times, rest = divmod(places.numel(), max(1, leaf.numel()))
         if rest or leaf.ndim != 1:
@@ -57,9 +62,9 @@ def fitted(leaf: Tensor, logits: Tensor, task: Task, spread: Spread = "") -> Ten
     if isinstance(task, Classes) and leaf.is_floating_point():
         if bool((leaf != leaf.round()).any()):
             return None
-    if isinstance(task, Classes):
+    if isinstance(task, Classes) and leaf.dtype != torch.int64:
         leaf = leaf.long()
-    return leaf.reshape(places)
+    return leaf if leaf.shape == places else leaf.reshape(places)
 
 
 def only(targets: Tensor, rows: Tensor, task: Task) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_duo.callback.snapshot import Snapshot
 from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.told import note_kind, read_told
 from lightning_duo.callback.watch import Called, Watch
-from lightning_duo.nested import at
+from lightning_duo.nested import at, leaves
 
 
 class Step:
@@ -67,8 +67,10 @@ class Step:
         names = None if self.looking or reading is None else frozenset({reading.module})
         self._hidden = is_compiled(module, stage)
         self._called: list[Called] | None = None  # before a rehearsal showed more
-        mine = batch if self.guess is None else (self.guess.inputs, self.guess.targets)
-        self._before = Snapshot(mine, copy=fresh)
+        tensors = self.taken.tensors
+        if self.guess is not None:  # its own may be no part of the batch
+            tensors = [leaf for _, leaf in leaves((self.guess.inputs, self.guess.targets))]
+        self._before = Snapshot(tensors, copy=fresh)
         names = frozenset() if self._hidden else names
         self._watch = Watch(module, names=names, losses=self.looking and not self._hidden)
         self._watch.follow(trainer, stage)

@@ -1,6 +1,7 @@
 """A batch as its step gets it, and which parts of it the step calls its modules with."""
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -20,14 +21,22 @@ class Taken:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._batch = batch  # whose parts keep their identity as long as they live
+        self._parts = list(every_part(batch))  # which keep their identity as long as they live
         self.batch = kept(batch)
-        self._known = {id(part): path for path, part in reversed(list(every_part(batch)))}
-        self._plain = {id(part) for _, part in every_part(batch) if _is_plain(part)}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [part for _, part in self._parts if isinstance(part, Tensor)]
+
+    @cached_property
+    def _paths(self) -> dict[int, Path]:
+        """Identity of each part that is no plain value -> where it is."""
+        return {id(part): path for path, part in reversed(self._parts) if not _is_plain(part)}
 
     def path_of(self, value: Any) -> Path | None:
-        """Where in the batch an object is; None if it is no part of it."""
-        return None if id(value) in self._plain else self._known.get(id(value))
+        """Where in the batch an object is; None if it is no part of it, or a plain value."""
+        return self._paths.get(id(value))
 
     def parts_of(self, call: Call) -> Template | None:
         """Which part of the batch each argument of a call is; None if any is none."""
