@@ -53,7 +53,8 @@ class Calibration:
     def module(self, base: nn.Module, sidekick: nn.Module) -> DuoModule:
         """The duo of these models, in eval mode; it shares their weights."""
         threshold = 0.0 if self.threshold is None else self.threshold.value
-        return DuoModule(base, sidekick, self.temperatures, threshold=threshold).eval()
+        given: dict[str, Any] = {"threshold": threshold, "task": self.task}
+        return DuoModule(base, sidekick, self.temperatures, **given).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """The same in types that JSON and checkpoints hold."""

@@ -149,6 +149,8 @@ def test_the_task_is_kept(task: Classes | Labels, tmp_path: Path) -> None:
     loaded = Calibration.load(found.save(tmp_path / "found.json"))
     assert found.task == loaded.task == task
     state = json.loads((tmp_path / "found.json").read_text())
+    duo = loaded.module(torch.nn.Identity(), torch.nn.Linear(5, 5))
+    assert duo.task == task  # without it the duo of several labels would be one of classes
     # Versions that know no tasks read format 1 alone.
     assert state["format"] == f"lightning_duo/calibration/{1 if task == Classes() else 2}"
     del state["task"]

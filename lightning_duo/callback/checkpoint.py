@@ -167,7 +167,7 @@ def _check_state(state: dict[str, Any], num_classes: int | None) -> None:
         )
     if state["sidekick"] is not None and num_classes not in (None, state["num_classes"]):
         raise ValueError(
-            f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} classes, this "
+            f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} outputs, this "
             f"callback's has {num_classes}; make them the same, or load the checkpoint without "
             "DuoCallback"
         )

@@ -18,7 +18,6 @@ from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.module import DuoModule
 from lightning_duo.report import print_summary, write_report
-from lightning_duo.tasks import Classes
 
 
 def duo_of(run: Run) -> DuoModule:
@@ -44,14 +43,13 @@ def duo_of(run: Run) -> DuoModule:
         )
     base, sidekick = copies(run.base, run.sidekick.deployable())
     threshold = run.fitted.calibration.threshold
-    reading, task = run.reading, run.task
+    reading = run.reading
     duo = (StepDuo if reading is not None and reading.whole else DuoModule)(
         _callable(run, base),
         sidekick,
         run.fitted.calibration.temperatures,
         threshold=0.0 if threshold is None else threshold.value,
-        # Which targets count is nothing to a duo that knows none.
-        task=Classes(task.dim) if isinstance(task, Classes) else task,
+        task=run.deployed_task,
         logits_at=() if reading is None else reading.logits_at,
     )
     return duo.to(run.base.device).requires_grad_(False).eval()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_duo.base import Call
 from lightning_duo.callback.layout import Spread, fitted, only, tensor_at
-from lightning_duo.callback.taken import Template
+from lightning_duo.callback.taken import Taken, Template, is_plain
 from lightning_duo.callback.watch import Called
 from lightning_duo.nested import Path, at, path_text, without
 from lightning_duo.tasks import Classes, Task, task_from_state, task_state
@@ -213,15 +213,26 @@ class Reading:
         """The module as code in the user's class would name it."""
         return f"self.{self.module}" if self.module else "self"
 
-    def text(self, call: Call) -> str:
-        """What was learnt, in one line."""
+    def text(self, call: Call, taken: Taken) -> str:
+        """What was learnt, in one line.
+
+        Args:
+            call: An example.
+            taken: The batch that it is of.
+        """
         parts = dict(self.template or ())
-        given = [*((("args", i), v) for i, v in enumerate(call.args))]
-        texts = [
-            f"batch{path_text(parts[path])}" if path in parts else type(value).__name__
-            for path, value in given
-        ]
-        texts += [f"{key}=..." if ("kwargs", key) not in parts else str(key) for key in call.kwargs]
+
+        def said(where: Path, value: Any) -> str:
+            path = parts.get(where, taken.path_of(value))
+            if path is not None:
+                return f"batch{path_text(path)}"
+            if is_plain(value):
+                return repr(value)
+            kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+            return f"a {kind} that the step makes"
+
+        texts = [said(("args", i), value) for i, value in enumerate(call.args)]
+        texts += [f"{key}={said(('kwargs', key), value)}" for key, value in call.kwargs.items()]
         where = path_text(self.logits_at) if self.logits_at else ""
         found = sorted(
             {f"batch{path_text(p.targets)}" for p in self.pieces if p.targets is not None}

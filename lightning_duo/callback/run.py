@@ -99,6 +99,12 @@ class Run:
         """What is decided; several classes of each sample as long as nothing else was seen."""
         return Classes() if self.reading is None else self.with_member(self.reading.task)
 
+    @property
+    def deployed_task(self) -> Task:
+        """The same for a duo that is given no targets, so that none of them can be left out."""
+        task = self.task
+        return Classes(task.dim) if isinstance(task, Classes) else task
+
     def with_member(self, task: Task) -> Task:
         """The task, with what is known of the sidekick's outputs."""
         if isinstance(task, Labels) and self.sidekick and self.sidekick.gives_probabilities:
@@ -137,8 +143,8 @@ class Run:
         """
         if self.num_classes not in (None, outputs):
             raise ValueError(
-                f"the base gives {outputs} classes but the sidekick was built for "
-                f"{self.num_classes}; pass DuoCallback(..., num_classes={outputs})"
+                f"the base has {outputs} output{'s'[: outputs != 1]} but the sidekick was built "
+                f"with {self.num_classes}; leave num_classes out of DuoCallback(...)"
             )
         with torch.inference_mode(False):
             if self.sidekick is None:

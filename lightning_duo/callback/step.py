@@ -161,7 +161,7 @@ class Step:
             learnt.reruns = len(mine) != reading.calls
             if learnt.reruns and not self._is_in_batch(reading, examples[0]):
                 learnt.looks = 0  # every step is rehearsed
-        said = reading.text(examples[0].call)
+        said = reading.text(examples[0].call, self.taken)
         self.messages.info(said, once=said)
         if reading.watching and self.messages.first("watched"):
             self.messages.info(

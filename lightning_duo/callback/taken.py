@@ -32,7 +32,7 @@ class Taken:
     @cached_property
     def _paths(self) -> dict[int, Path]:
         """Identity of each part that is no plain value -> where it is."""
-        return {id(part): path for path, part in reversed(self._parts) if not _is_plain(part)}
+        return {id(part): path for path, part in reversed(self._parts) if not is_plain(part)}
 
     def path_of(self, value: Any) -> Path | None:
         """Where in the batch an object is; None if it is no part of it, or a plain value."""
@@ -78,10 +78,11 @@ def _given(call: Call) -> list[tuple[Path, Any]]:
     return given + [(("kwargs", k), v) for k, v in call.kwargs.items()]
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text or None, so that its identity tells nothing."""
     return isinstance(value, bool | int | float | str | type(None))
 
 
 def constants_of(call: Call) -> tuple[tuple[Path, Any], ...]:
     """Arguments of a call that are plain values."""
-    return tuple((where, value) for where, value in _given(call) if _is_plain(value))
+    return tuple((where, value) for where, value in _given(call) if is_plain(value))

@@ -184,7 +184,7 @@ def test_states_that_do_not_fit_are_named(tmp_path: Path) -> None:
     later = r"version 9\b.* lightning_duo 7\.1\b.*version 3\b"
     refused(make_duo(), later, version=9, library="7.1")
     refused(make_duo(), r"version 2\b.*version 3\b", version=2)
-    refused(make_duo(num_classes=5), "'small_net' has 4 classes.* 5")
+    refused(make_duo(num_classes=5), "'small_net' has 4 outputs.* 5")
     refused(make_duo("resnet10t", pretrained=False), "'small_net'.*weights.*'resnet10t'")
 
     def wide(num_classes: int) -> nn.Module:
