@@ -1,6 +1,7 @@
 """Calls of a user's models, and the logits in what they return."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -155,6 +156,54 @@ class LogitsOf(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.logits_fn(self.module, *args, **kwargs)
+
+
+def _without_prefix(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+        state[prefix + name.removeprefix(f"{prefix}model.")] = state.pop(name)
+
+
+def _with_prefix(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+class Fitting(nn.Module):
+    """A sidekick that is called as the base is, but without what it does not take.
+
+    Its weights have the names that they have in the model itself. An argument that is left alone,
+    and that its forward names otherwise, goes by position.
+
+    Args:
+        model: The model.
+        dropped: Names of arguments that are left out.
+
+    Example:
+        >>> import torch
+        >>> Fitting(nn.Linear(4, 3), ["mask"])(x=torch.zeros(2, 4), mask=None).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, model: nn.Module, dropped: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.model, self.dropped = model, set(dropped)
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+        taken = inspect.signature(model.forward).parameters
+        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        self._names = None if any_name else frozenset(taken)
+
+    def call(self, call: Call) -> Call:
+        """The model's call for one of the base; the same if it takes that."""
+        kwargs = {name: value for name, value in call.kwargs.items() if name not in self.dropped}
+        lone = not call.args and len(kwargs) == 1
+        if lone and self._names is not None and not self._names & set(kwargs):
+            return Call(tuple(kwargs.values()), {})
+        return call if len(kwargs) == len(call.kwargs) else Call(call.args, kwargs)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(Call(args, kwargs)).of(self.model)
 
 
 def has_forward(module: nn.Module) -> bool:

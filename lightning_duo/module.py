@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_duo.base import LogitsOf, logits_in, logits_like
+from lightning_duo.base import Fitting, LogitsOf, logits_in, logits_like
 from lightning_duo.batch import describe
 from lightning_duo.nested import Path as Keys
 from lightning_duo.nested import mapped
@@ -209,7 +209,8 @@ class DuoModule(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights, temperatures, threshold, mode and task to one safetensors file.
 
-        The file appears whole or not at all.
+        Which arguments of the base's call the sidekick does not take is written too. The file
+        appears whole or not at all.
 
         Raises:
             ValueError: If a module keeps state that is no tensor.
@@ -217,6 +218,8 @@ class DuoModule(nn.Module):
         more: dict[str, Any] = {}
         if self.task != Classes() or self.logits_at:
             more = {"task": task_state(self.task), "logits_at": self.logits_at}
+        for fitting in (part for part in self.sidekick.modules() if isinstance(part, Fitting)):
+            more["sidekick_drops"] = sorted(fitting.dropped)
         write_duo(path, self.state_dict(), self.mode, more)
 
     @classmethod
@@ -236,9 +239,10 @@ class DuoModule(nn.Module):
         """
         header = read_header(path)
         mode: Any = header.mode
-        task = task_from_state(header.more.get("task"))
-        keys = tuple(header.more.get("logits_at", ()))
-        duo = cls(base, sidekick, (1.0, 0.0), mode=mode, task=task, logits_at=keys)
+        task, keys = task_from_state(header.more.get("task")), header.more.get("logits_at", ())
+        if "sidekick_drops" in header.more:
+            sidekick = Fitting(sidekick, header.more["sidekick_drops"])
+        duo = cls(base, sidekick, (1.0, 0.0), mode=mode, task=task, logits_at=tuple(keys))
         try:
             own = {eager_name(name): name for name in duo.state_dict()}
             duo.load_state_dict({own.get(k, k): v for k, v in load_file(path).items()})

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from lightning_duo import DuoCallback, DuoModule, LogitsOf
 from lightning_duo.calibration import Calibration
+from lightning_duo.tasks import Classes, Labels
 
 OLD = Path(__file__).parent / "old_files"
+OF_TASKS = Path(__file__).parent / "old_files_of_tasks"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
+EXPECTED_OF_TASKS = json.loads((OF_TASKS / "expected.json").read_text())
 
 
 @pytest.fixture
@@ -81,7 +84,8 @@ def test_a_fit_begins_from_a_checkpoint_of_before_its_first_batch(old_models: Mo
 
 def check(output: tuple, name: str) -> None:
     """Probabilities, prediction, confidence and acceptance of the first five test samples."""
-    for found, expected in zip(output, EXPECTED[name], strict=True):
+    every = EXPECTED | EXPECTED_OF_TASKS
+    for found, expected in zip(output, every[name], strict=True):
         torch.testing.assert_close(torch.as_tensor(found), torch.tensor(expected))
 
 
@@ -131,3 +135,25 @@ def test_a_configuration_of_the_command_line_runs(old_models: ModuleType, tmp_pa
     cli = LightningCLI(old_models.Base, old_models.Data, args=arguments, seed_everything_default=1)
     (duo,) = (c for c in cli.trainer.callbacks if isinstance(c, DuoCallback))
     assert list(duo.fit.temperatures) == near(EXPECTED["cli"])
+
+
+@pytest.mark.parametrize("name", ["labels", "tokens", "masked"])
+def test_saved_duos_of_tasks_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(OF_TASKS)
+    import old_models_of_tasks as models
+
+    pairs = {
+        "labels": (models.Sigmoid(), nn.Linear(8, 3)),
+        "tokens": (models.Tokens(), models.Tokens()),
+        "masked": (models.Masked(), models.Unmasked()),
+    }
+    x = models.inputs()
+    duo = DuoModule.load(OF_TASKS / f"{name}.safetensors", *pairs[name])
+    assert duo.task == {"labels": Labels(("base",)), "tokens": Classes(dim=-1)}.get(name, Classes())
+    check(duo(x, mask=(x > 0).float()) if name == "masked" else duo(x), name)
+
+
+def test_a_calibration_of_labels_is_loaded() -> None:
+    found = Calibration.load(OF_TASKS / "labels.json")
+    assert found.task == Labels(("base",))
+    assert [*found.temperatures, found.threshold.value] == EXPECTED_OF_TASKS["calibration"]

@@ -1,6 +1,5 @@
 """What the sidekick sees of the base's call: resized, re-normalised, fitted to what it takes."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_duo.base import Call
+from lightning_duo.base import Call, Fitting
 from lightning_duo.callback.messages import Messages
 from lightning_duo.text import call_fitting
 from lightning_duo.zoo import data_config
@@ -83,6 +82,7 @@ class Calling:
         self._transforms: dict[bool, Callable[[Any], Any] | None]
         self._transforms = {} if given is None else {False: given, True: given}
         self._fitting = Fitting(model)
+        self._fits = True  # whether the model takes the base's calls as they are
         self._names: set[frozenset[str]] = set()  # of calls that the sidekick was fitted to
 
     def of(self, call: Call, part: nn.Module | None = None) -> Call:
@@ -95,11 +95,20 @@ class Calling:
         names = frozenset(call.kwargs)
         if names not in self._names:
             self._names.add(names)
-            for name in self._fitting.learn(call, part or self.base):
-                self.messages.info(f"the sidekick is called without {name}, which it does not take")
+            self._learn(call, part or self.base)
         transform = self._transform_of(first_input(call))
         call = call if transform is None else with_first(call, transform)
         return self._fitting.call(call)
+
+    def _learn(self, call: Call, base: nn.Module) -> None:
+        """Find out what the model needs that is called where the base was called."""
+        fitting = self._fitting
+        dropped = call_fitting(self.model, call.args, call.kwargs, base=base).dropped
+        for name in dropped:
+            if name not in fitting.dropped:
+                self.messages.info(f"the sidekick is called without {name}, which it does not take")
+        fitting.dropped.update(dropped)
+        self._fits &= fitting.call(call) is call
 
     def _transform_of(self, inputs: Any) -> Callable[[Any], Any] | None:
         resized = self._must_resize(inputs)
@@ -118,7 +127,7 @@ class Calling:
     def deployable(self) -> nn.Module:
         """The model, behind what makes the base's call its own."""
         model = self.model
-        if self._fitting.changes:
+        if not self._fits:
             model = self._fitting
         # One that resizes does for images of both kinds.
         transform = self._transforms.get(True, self._transforms.get(False))
@@ -126,69 +135,6 @@ class Calling:
             return model
         first = transform if isinstance(transform, nn.Module) else _Callable(transform)
         return Transformed(first, model)
-
-
-def _without_prefix(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
-        state[prefix + name.removeprefix(f"{prefix}model.")] = state.pop(name)
-
-
-def _with_prefix(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix)]:
-        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
-
-
-class Fitting(nn.Module):
-    """A model that is called without what it does not take.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.dropped: set[str] = set()
-        """Names of arguments that are left out."""
-        self.alone = False
-        """Whether the only argument, which the base takes by name, is passed by position."""
-        # Its weights have the names that they have in the model itself.
-        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
-
-    def learn(self, call: Call, base: nn.Module) -> list[str]:
-        """Find out what the model needs that is called where the base was called.
-
-        Args:
-            call: The base's call.
-            base: The base, or the part of it that was called so.
-
-        Returns:
-            Names of arguments that are left out from now on.
-        """
-        _, kwargs, dropped = call_fitting(self.model, call.args, call.kwargs, base=base)
-        taken = inspect.signature(self.model.forward).parameters
-        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-        lone = not call.args and len(kwargs) == 1 and not any_name
-        self.alone |= lone and next(iter(kwargs)) not in taken
-        new = [name for name in dropped if name not in self.dropped]
-        self.dropped.update(new)
-        return new
-
-    @property
-    def changes(self) -> bool:
-        """Whether it does anything."""
-        return self.alone or bool(self.dropped)
-
-    def call(self, call: Call) -> Call:
-        """The model's call for one of the base."""
-        kwargs = {name: value for name, value in call.kwargs.items() if name not in self.dropped}
-        lone = self.alone and not call.args and len(kwargs) == 1
-        return Call(tuple(kwargs.values()), {}) if lone else Call(call.args, kwargs)
-
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(Call(args, kwargs)).of(self.model)
 
 
 class Transformed(nn.Sequential):
