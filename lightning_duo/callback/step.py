@@ -1,5 +1,6 @@
 """One step of the base: what goes in, and which logits it makes of it."""
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -247,6 +248,10 @@ class Step:
 
     def _told(self, guess: Guess, outputs: Any, classes: int | None) -> list[Example]:
         if self.looking:
+            compiled = self._hidden or (not self._watch.seen.losses and has_compiled())
+            if compiled and self.learnt.kind is None and self.options.task is None:
+                with suppress(ValueError):  # the logits and targets may tell the task
+                    self._rehearse()
             note_kind(self._watch.seen, self.learnt)
             if self.options.batch_fn is None:
                 self._learn_targets(guess)
