@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -105,10 +106,13 @@ class Lossless:
             call = known.call_of(batch)
             logits = logits_of(known, self.base, call)
             targets = known.pieces[0].read(batch, logits, known.task)
-        except LookupError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's model may raise
             raise ValueError(
-                f"the {self.stage} step computes no loss and does not call {known.name} as the "
-                f"training step does ({error}), so its logits are not known; {REMEDY}"
+                f"the logits of the {self.stage} step are not known: it computes no loss of logits "
+                f"that {known.name} gives, as steps of training do, and {known.name} gives none "
+                f"for its batch either ({type(error).__name__}: {error}); {REMEDY}"
             ) from error
         self.messages.info(
             f"the {self.stage} step does not call {known.name}, or is compiled, so it runs once "

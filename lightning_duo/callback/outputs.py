@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_duo.base import Call, logits_in, logits_like
 from lightning_duo.batch import describe
+from lightning_duo.callback.refusals import REMEDY
 from lightning_duo.nested import Path, leaves
 from lightning_duo.tasks import Classes, Task
 
@@ -23,12 +24,30 @@ def run_sidekick(model: nn.Module, call: Call) -> Any:
         raise
     except Exception as error:  # whatever a model may raise
         seen = [describe(leaf) for _, leaf in leaves(call)][:3]
+        takes = _takes(model)
         raise ValueError(
-            f"the sidekick cannot run the base's inputs ({', '.join(seen)}): "
-            f"{type(error).__name__}: {error}; pass DuoCallback(..., sidekick_transform=...) that "
-            "makes of them what it takes, such as lambda x: x.expand(-1, 3, -1, -1) for gray "
-            "images, or another sidekick"
+            f"the sidekick cannot run the base's inputs, {' and '.join(seen) or 'no tensor'}: "
+            f"{type(error).__name__}: {error}{f'; {takes}' if takes else ''}. Pass as sidekick a "
+            "module, or a function num_classes -> nn.Module, that takes these inputs, or pass "
+            "sidekick_transform=..., such as lambda x: x.expand(-1, 3, -1, -1) for gray images; "
+            f"{REMEDY}"
         ) from error
+
+
+def _takes(model: nn.Module) -> str:
+    """What the first layer of a model takes, as far as it tells."""
+    kinds = (nn.Conv2d, nn.Embedding, nn.Linear)
+    first = next(((n, part) for n, part in model.named_modules() if isinstance(part, kinds)), None)
+    if first is None:
+        return ""
+    name, layer = first
+    if isinstance(layer, nn.Conv2d):
+        what = f"images (N, {layer.in_channels}, H, W)"
+    elif isinstance(layer, nn.Embedding):
+        what = f"token ids (N, T) below {layer.num_embeddings}"
+    else:
+        what = f"(..., {layer.in_features})"
+    return f"its first layer{f', {name},' if name else ''} takes {what}"
 
 
 def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Task) -> Tensor:
@@ -44,11 +63,8 @@ def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Tas
             logits = logits_like(base, output, logits_at)
         except ValueError as error:
             found = logits_in(output, logits_at, fewest=base.ndim + 1)
-            raise ValueError(
-                f"the sidekick gives logits {() if found is None else tuple(found.shape)} but the "
-                f"base {tuple(base.shape)}: give it a head with {task.outputs(base)} outputs, or "
-                "pass a name or a callable num_classes -> nn.Module"
-            ) from error
+            assert found is not None
+            raise ValueError(_other_shape(found, base, task)) from error
     if logits is None:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -56,6 +72,18 @@ def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Tas
             f"under 'logits', got {what}"
         )
     return logits
+
+
+def _other_shape(found: Tensor, base: Tensor, task: Task) -> str:
+    """What to do about logits of the sidekick that have another shape than the base's."""
+    wanted = task.outputs(base)
+    what = f"the sidekick gives logits {tuple(found.shape)} but the base {tuple(base.shape)}"
+    if found.ndim > 1 and task.outputs(found) == wanted:
+        return f"{what}; both must decide the same things, in the same order; {REMEDY}"
+    return (
+        f"{what}; give it a head with {wanted} output{'s'[: wanted != 1]}, or pass a name or a "
+        "callable num_classes -> nn.Module"
+    )
 
 
 def check_no_probabilities(logits: Tensor, task: Task) -> None:
