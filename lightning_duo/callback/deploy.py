@@ -85,7 +85,11 @@ def cost_of(run: Run) -> Cost | None:
             flops = count_flops(_callable(run, base), run.example)
             others = count_flops(sidekick, run.example)
     except Exception as error:  # the user's forward may want more than a batch of one
-        run.messages.warn(f"the FLOPs of base and sidekick are unknown: {error}")
+        run.messages.warn(
+            "the FLOPs of base and sidekick cannot be counted, so cost and balance are None "
+            f"({type(error).__name__}: {error}); with an input that both models run, "
+            "lightning_duo.cost.flops_balance(base, sidekick, input) counts them"
+        )
         return None
     return Cost(flops, others, count_parameters(base), count_parameters(sidekick))
 

@@ -198,11 +198,14 @@ def _check_read(found: Any) -> None:
     """Raise ValueError if what ``batch_fn`` returned is no (inputs, targets)."""
     if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
         what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
-        raise ValueError(f"batch_fn must return (inputs, targets), got {what}")
+        raise ValueError(
+            f"batch_fn must return (inputs, targets), got {what}; return two values, as in "
+            "batch_fn=lambda batch: (batch[0], batch[1])"
+        )
     if not isinstance(found[1], Tensor):
         raise ValueError(
             "batch_fn must return (inputs, targets) with a tensor of targets, got "
-            f"{type(found[1]).__name__}"
+            f"{type(found[1]).__name__}; make one of them, as in torch.tensor(batch[1])"
         )
 
 

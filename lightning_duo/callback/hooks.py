@@ -125,7 +125,7 @@ class Hooks(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run.fitted is None and trainer.limit_val_batches != 0:
             self._run.messages.warn(
-                "training ended before any validation that could fit temperatures; run "
+                "training ended without a validation, so no temperatures are fitted; run "
                 "trainer.validate"
             )
         self._run.warn_if_probing()

@@ -77,8 +77,9 @@ class Lossless:
         """
         if self.known.whole:
             raise ValueError(
-                f"the {self.stage} step computes no loss and returns no logits, and only the "
-                f"step makes them, from what {self.known.name} gives; {REMEDY}"
+                f"the {self.stage} step computes no loss and returns no logits, which no module "
+                f"gives: the training step makes them of what {self.known.name} gives; return "
+                f'{{"logits": ...}} from the {self.stage} step; {REMEDY}'
             )
         try:
             reading = with_targets(self.known, self.calls, self.taken)
@@ -110,9 +111,9 @@ class Lossless:
             raise
         except Exception as error:  # whatever the user's model may raise
             raise ValueError(
-                f"the logits of the {self.stage} step are not known: it computes no loss of logits "
-                f"that {known.name} gives, as steps of training do, and {known.name} gives none "
-                f"for its batch either ({type(error).__name__}: {error}); {REMEDY}"
+                f"the {self.stage} step computes no loss of what {known.name} gives, as the "
+                f"training step does, and {known.name} gives no logits for its batch "
+                f"({type(error).__name__}: {error}); {REMEDY}"
             ) from error
         self.messages.info(
             f"the {self.stage} step does not call {known.name}, or is compiled, so it runs once "

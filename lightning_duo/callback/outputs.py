@@ -69,7 +69,7 @@ def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Tas
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"the sidekick must return floating-point logits, or an object or mapping with them "
-            f"under 'logits', got {what}"
+            f"under 'logits', got {what}; pass a module whose forward returns its logits alone"
         )
     return logits
 

@@ -192,8 +192,8 @@ class Run:
             self.messages.warn(
                 f"training ended after {self.training.updates} of the "
                 f"{self.training.probe_updates} steps that train the sidekick's head only, so "
-                "the rest of it was never trained; set max_epochs to what will be run, or a "
-                "smaller probe"
+                "the rest of it was never trained; set max_epochs to the number of epochs that "
+                "will run, or pass DuoCallback(..., probe=...) with a smaller fraction"
             )
 
     def finish_step(self) -> None:

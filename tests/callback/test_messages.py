@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_duo.cost import flops_balance
+
 
 class Prepares(Classifier):
     """Calls its forward with what it makes of the batch, and a flag."""
@@ -212,3 +214,85 @@ def test_crops_in_validation_alone_are_told(sanity: int) -> None:
     module.eval()
     for inputs in (x[:5], crops[:5]):
         torch.testing.assert_close(duo.module.base_logits(inputs), averaged(module.net, inputs))
+
+
+class Scaled(Classifier):
+    """Makes its logits itself, and computes no loss in validation."""
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        return cross_entropy(self.logits(batch[0]), batch[1])
+
+    def validation_step(self, batch: list, batch_idx: int) -> dict | None:
+        self.net(batch[0])
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        return z[:, [1, 0, 3, 2]] + z.mean(1, keepdim=True)
+
+
+class Returned(Scaled):
+    def validation_step(self, batch: list, batch_idx: int) -> dict:
+        return {"logits": self.logits(batch[0])}
+
+
+def test_logits_that_the_step_makes_are_returned_where_it_computes_no_loss() -> None:
+    given = {"num_sanity_val_steps": 0, "max_epochs": 1}
+    with pytest.raises(ValueError, match=r'return \{"logits": \.\.\.\} from the validation step'):
+        fitted(make_duo(), Scaled(), **given)
+    duo, *_ = fitted(make_duo(), Returned(), **given)
+    assert len(duo.predictions["val"]["base"].targets) == len(VAL)
+
+
+# ---- what users return ----
+
+
+def test_a_batch_fn_returns_two_values_of_which_one_is_a_tensor() -> None:
+    for wrong, message in (
+        (lambda batch: (*batch, None), r"got 3 values; return two .*lambda batch: \(batch\[0\], b"),
+        (lambda batch: (batch[0], batch[1].tolist()), r"got list; make one .*torch\.tensor\("),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fitted(make_duo(batch_fn=wrong))
+    for right in (
+        lambda batch: (batch[0], batch[1]),
+        lambda batch: (batch[0], torch.tensor(batch[1].tolist())),
+    ):
+        duo, *_ = fitted(make_duo(batch_fn=right), max_epochs=1)
+        assert duo.fit is not None
+
+
+class Tuples(nn.Module):
+    """Features and logits, not called so."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = small_net(num_classes)
+
+    def forward(self, x: Tensor) -> tuple[str, Tensor]:
+        return "logits", self.net(x)
+
+
+class Alone(Tuples):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[1]
+
+
+def test_a_sidekick_returns_its_logits_alone() -> None:
+    with pytest.raises(ValueError, match="got tuple; pass a module whose forward returns its log"):
+        fitted(make_duo(Tuples))
+    duo, *_ = fitted(make_duo(Alone), max_epochs=1)
+    assert duo.fit is not None
+
+
+class Several(Classifier):
+    """Cannot run a batch of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (len(x) > 1 or None)
+
+
+def test_the_cost_is_counted_with_another_input() -> None:
+    with pytest.warns(UserWarning, match=r"cannot be counted.*cost\.flops_balance\(base, side"):
+        duo, module, _ = fitted(make_duo(), Several(), max_epochs=1)
+    assert duo.cost is duo.balance is None
+    assert flops_balance(module, duo.sidekick, VAL.tensors[0][:2]) > 0
