@@ -81,7 +81,8 @@ def logits_like(base: Tensor, output: Any, path: Path = ()) -> Tensor | None:
         None if there are no logits.
 
     Raises:
-        ValueError: If they have another shape, apart from dimensions of size 1.
+        ValueError: If they have another shape, apart from dimensions of size 1, and are not those
+            of tokens (N, T, K) for a base that gives (N * T, K).
 
     Example:
         >>> import torch
@@ -92,7 +93,8 @@ def logits_like(base: Tensor, output: Any, path: Path = ()) -> Tensor | None:
     if found is None or found.shape == base.shape:
         return found
     for logits in (found, _at_position(found, path)):
-        if _long(logits) == _long(base):
+        tokens = logits.ndim == 3 and base.ndim == 2 and logits.shape[2] == base.shape[1]
+        if _long(logits) == _long(base) or (tokens and logits.numel() == base.numel()):
             return logits.reshape(base.shape)
     raise ValueError(
         f"base and sidekick must give logits of one shape, got {tuple(base.shape)} and "

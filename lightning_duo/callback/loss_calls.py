@@ -1,21 +1,19 @@
 """The losses that a step computes: their functions as they are called, or made by hand."""
 
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 from torchmetrics import Metric
 from typing_extensions import override
 
-Kind: TypeAlias = Literal["classes", "labels", "probabilities"]
-"""What a loss says of its logits: one class of several, labels apart from each other, or labels
-whose probabilities it is given."""
+from lightning_duo.callback.by_hand import ByHand, Kind
+from lightning_duo.callback.lineage import Lineage, tensors
 
 LOSSES: dict[Callable[..., Any], Kind] = {
     F.cross_entropy: "classes",
@@ -26,26 +24,12 @@ LOSSES: dict[Callable[..., Any], Kind] = {
     F.soft_margin_loss: "labels",
     F.binary_cross_entropy: "probabilities",
 }
-# Of these a loss by hand is made.
-SOFT: dict[Callable[..., Any], Kind] = {
-    **dict.fromkeys(
-        (F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax), "classes"
-    ),
-    **dict.fromkeys((Tensor.softmax, torch.logsumexp, Tensor.logsumexp), "classes"),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.logsigmoid), "labels"),
-}
-LOGARITHMS = (torch.log, Tensor.log, torch.clamp, Tensor.clamp)
-# With these it picks the target; the position of the class indices among the arguments.
-PICKS: dict[Callable[..., Any], int] = {
-    torch.gather: 2,
-    Tensor.gather: 2,
-    Tensor.scatter: 2,
-    Tensor.scatter_: 2,
-    torch.scatter: 2,
-    F.one_hot: 0,
-}
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 REDUCTIONS = (torch.sum, Tensor.sum, torch.mean, Tensor.mean)
+
+
+By: TypeAlias = Literal["step", "metrics", "hand"]
+"""Who computes the losses of a step: it by their functions, metrics, or it without functions."""
 
 
 class Loss(NamedTuple):
@@ -66,19 +50,61 @@ class Loss(NamedTuple):
     targets."""
 
 
-class LossMode(TorchFunctionMode):
-    """Notes losses while it is active; a new one for every step, as kept ones recompile."""
+def of_one_output(losses: Sequence[Loss]) -> list[Loss]:
+    """The same losses, but one in place of those of labels that stand side by side in one tensor.
 
-    def __init__(self) -> None:
+    As where a step goes over the labels, or classes, with a loss for each.
+    """
+    joined: list[Loss] = []
+    for _, alike in itertools.groupby(losses, _place):
+        same = list(alike)
+        starts = [loss.logits.storage_offset() for loss in same]
+        if same[0].kind != "labels" or len(same) < 2 or starts != sorted(set(starts)):
+            joined += same
+            continue
+        logits = torch.stack([loss.logits for loss in same], 1)
+        targets = [loss.targets for loss in same if loss.targets is not None]
+        joined.append(same[0]._replace(logits=logits, targets=torch.stack(targets, 1), counts=None))
+    return joined
+
+
+def _place(loss: Loss) -> Any:
+    """The same for losses of labels that stand side by side in one tensor."""
+    z, y = loss.logits, loss.targets
+    if loss.kind != "labels" or y is None or y.shape != z.shape or z.layout != torch.strided:
+        return id(loss)
+    return id(loss) if z._base is None else (id(z._base), z.shape, z.stride())
+
+
+def width_of(loss: Loss) -> int:
+    """How many outputs its logits have."""
+    return loss.logits.shape[1] if loss.logits.ndim > 1 else 1
+
+
+def number_of(loss: Loss, losses: Sequence[Loss]) -> int:
+    """Which loss this is, of those of its kind with as many outputs."""
+    before = itertools.takewhile(lambda other: other.logits is not loss.logits, losses)
+    alike = [
+        other for other in before if (other.kind, width_of(other)) == (loss.kind, width_of(loss))
+    ]
+    return len(alike)
+
+
+class LossMode(TorchFunctionMode):
+    """Notes losses while it is active; a new one for every step, as kept ones recompile.
+
+    Args:
+        batch: Of the step.
+    """
+
+    def __init__(self, batch: Any = None) -> None:
         super().__init__()
         self.losses: list[Loss] = []
-        self.terms: list[Tensor] = []  # what the losses returned
-        self.all_count: set[int] = set()  # losses all of whose terms are summed up
-        self.soft: deque[tuple[Kind | None, Tensor, Tensor]] = deque(maxlen=16)
-        self.picked: deque[Tensor] = deque(maxlen=16)
-        self.factors: deque[Tensor] = deque(maxlen=16)
-        # What modules with weights gave, and what was made of that, where no graph tells.
-        self._made: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self.lineage = Lineage(batch)
+        self.by_hand = ByHand(self.lineage)
+        self.of_metrics: list[Loss] = []
+        self._terms: list[Tensor] = []  # what the losses returned
+        self._all_count: set[int] = set()  # losses all of whose terms are summed up
 
     @override
     def __torch_function__(
@@ -89,60 +115,38 @@ class LossMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return result  # what is compiled must stay what it is without this
         if func in LOSSES:
-            if _in_a_metric():
-                return result
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             logits, targets = given.pop("input"), given.pop("target")
             if func is F.soft_margin_loss:  # of -1 and 1
                 targets = (targets > 0).to(logits.dtype)
-            self.note(Loss(LOSSES[func], logits, targets, given))
-            self.terms.append(result)
-        elif func in SOFT or func in LOGARITHMS:
-            if isinstance(result, Tensor) and args:
-                self.soft.append((SOFT.get(func), args[0], result))
-        elif func in PICKS:
-            place = PICKS[func]
-            self.picked += args[place : place + 1] or [kwargs.get("index", kwargs.get("input"))]
+            loss = Loss(LOSSES[func], logits, targets, given)
+            if _in_a_metric():
+                self.of_metrics.append(loss)
+            else:
+                self.note(loss)
+                self._terms.append(result)
         elif func in PRODUCTS and len(args) == 2:
             self._note_product(*args)
             self._note_product(*reversed(args))
         elif func is Tensor.__getitem__:
             self._note_part(*args)
         elif func in REDUCTIONS:
-            self.all_count.update(i for i, terms in enumerate(self.terms) if args[0] is terms)
-        if any(self.is_made(x) for x in _tensors((args, kwargs))):
-            self.note_made(result)
+            self._all_count.update(i for i, terms in enumerate(self._terms) if args[0] is terms)
+        self.lineage.note(func, tensors((args, kwargs)), result)
+        self.by_hand.see(func, args, kwargs, result)
         return result
 
-    def is_made(self, tensor: Tensor) -> bool:
-        """Whether a tensor comes from a module with weights."""
-        return tensor.grad_fn is not None or tensor in self._made
-
-    def note_made(self, output: Any) -> None:
-        """Keep what comes from a module with weights; graphs keep what has a gradient."""
-        for tensor in _tensors(output):
-            if tensor.is_floating_point() and tensor.grad_fn is None:
-                self._made[tensor] = True
-
     def _note_product(self, one: Any, other: Any) -> None:
-        """Keep what a loss's terms, or the logarithms of probabilities, are multiplied with."""
+        """Keep what a loss's terms are multiplied with."""
         if not isinstance(one, Tensor) or not isinstance(other, Tensor) or other.requires_grad:
             return
-        self.factors.append(other)
-        for i, terms in enumerate(self.terms):
+        for i, terms in enumerate(self._terms):
             if one is terms and terms.ndim and other.shape == terms.shape:
                 self._count(i, other)
-        soft = any(one is found and kind == "classes" for kind, _, found in self.soft)
-        if any(other is found for _, _, found in self.soft):
-            return  # an entropy, perhaps
-        if soft and one.shape == other.shape:
-            self.picked.append(other.abs())
 
     def _note_part(self, whole: Tensor, part: Any) -> None:
-        """Keep what picks of a loss's terms, or of the logarithms of probabilities."""
-        if isinstance(part, tuple) and self.soft:
-            self.picked += [part[-1]]
-        for i, terms in enumerate(self.terms):
+        """Keep what picks of a loss's terms."""
+        for i, terms in enumerate(self._terms):
             if whole is terms and isinstance(part, Tensor) and part.shape == terms.shape:
                 self._count(i, part)
 
@@ -156,39 +160,23 @@ class LossMode(TorchFunctionMode):
         """Keep a loss."""
         self.losses.append(loss)
 
+    @property
+    def by(self) -> By:
+        """Who computes the losses that are found."""
+        return "step" if self.losses else "metrics" if self.of_metrics else "hand"
+
     def found(self) -> list[Loss]:
-        """The losses; where there are none, those that were probably made by hand."""
+        """The losses; where there are none those of metrics, or those probably made by hand."""
         if self.losses:
             # Terms that are picked here and summed up as a whole there all count.
             return [
-                loss._replace(counts=None) if i in self.all_count else loss
+                loss._replace(counts=None) if i in self._all_count else loss
                 for i, loss in enumerate(self.losses)
             ]
-        picked = [t for t in self.picked if isinstance(t, Tensor)]
-        found = []
-        for kind, x, _ in reversed(self.soft):
-            fits = [t for t in picked if kind == "classes" and _fits(t, x)]
-            factors = tuple(t for t in self.factors if kind == "labels" and t.numel() == x.numel())
-            # Alone they are no loss: gates, attention, an expected value.
-            if kind is not None and (fits or factors):
-                found.append(Loss(kind, x, fits[-1] if fits else None, {}, factors=factors))
-        return found
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors among the arguments or results of a function."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, tuple | list | dict):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
-
-
-def _fits(targets: Tensor, logits: Tensor) -> bool:
-    """Whether these may be class indices for logits (N, K, ...), or their probabilities."""
-    if targets.dtype == torch.int64:
-        return logits.ndim > 1 and targets.numel() * logits.shape[1] == logits.numel()
-    return targets.is_floating_point() and targets.shape == logits.shape
+        return self.of_metrics or [
+            Loss(one.kind, one.logits, one.targets, {}, one.counts, tuple(one.factors))
+            for one in self.by_hand.found()
+        ]
 
 
 def _in_a_metric() -> bool:

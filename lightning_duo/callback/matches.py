@@ -63,7 +63,7 @@ def _ancestors(z: Tensor, seen: Seen) -> Iterator[Tensor]:
 def _is_of_features(called: Called, seen: Seen) -> bool:
     """Whether a module was called with what another module with weights has made."""
     given = {memory(leaf) for _, leaf in leaves(called.call)}
-    if any(seen.features(leaf) for _, leaf in leaves(called.call)):
+    if any(seen.lineage.is_learnt(leaf) for _, leaf in leaves(called.call)):
         return True
     for other in seen.calls:
         if other is called:
@@ -152,7 +152,7 @@ def _subset(some: Tensor, all_rows: Tensor, taken: Taken) -> Tensor | None:
     some, all_rows = some.detach().to(all_rows.dtype), all_rows.detach()
     if not len(some) or not bool((all_rows == some[0]).all(dim=1).any()):
         return None
-    for mask in _masks(taken, len(all_rows), len(some), all_rows.shape[1]):
+    for mask in masks_of(taken, len(all_rows), len(some), all_rows.shape[1]):
         if torch.equal(all_rows[mask], some):
             return mask.nonzero().flatten()
     both = torch.unique(torch.cat([all_rows, some]), dim=0, return_inverse=True)[1]
@@ -165,8 +165,15 @@ def _subset(some: Tensor, all_rows: Tensor, taken: Taken) -> Tensor | None:
     return None if bool((rows < 0).any()) else rows
 
 
-def _masks(taken: Taken, count: int, wanted: int, classes: int) -> Iterator[Tensor]:
-    """Masks of so many of the places that the batch knows: its own, or where a value is not."""
+def masks_of(taken: Taken, count: int, wanted: int, classes: int) -> Iterator[Tensor]:
+    """Masks that the batch knows: its own, or where a value of it is not.
+
+    Args:
+        taken: The batch.
+        count: How many places they have.
+        wanted: How many of these they leave.
+        classes: K; places with class indices are a mask too.
+    """
     for _, leaf in leaves(taken.batch):
         if leaf.numel() != count or leaf.is_floating_point():
             continue

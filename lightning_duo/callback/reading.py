@@ -116,6 +116,10 @@ class Reading:
     """Whether the user told, or no loss was seen."""
     options: dict[str, Any] = field(default_factory=dict, compare=False)
     """Of the loss: class weights, smoothing; the sidekick learns with them."""
+    heads: int = field(default=1, compare=False)
+    """Of how many heads the step computes a loss."""
+    shared: frozenset[Path] = field(default=frozenset(), compare=False)
+    """Parts of the batch of which the step makes both its logits and its targets."""
 
     @property
     def watching(self) -> bool:

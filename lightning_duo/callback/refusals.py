@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_duo.base import Call
+from lightning_duo.callback.lineage import Lineage
 from lightning_duo.callback.loss_calls import Loss
 from lightning_duo.callback.matches import shares
 from lightning_duo.callback.reading import Piece
@@ -21,14 +22,16 @@ REMEDY = (
 )
 
 
-def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call) -> None:
+def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call, lineage: Lineage) -> None:
     """Raise ValueError if what looks like a classification is something else."""
+    inputs = [leaf for _, leaf in leaves(call)]
+    made_of = {lineage.of(leaf).parts for leaf in inputs} - {frozenset()}
     for loss, piece in zip(losses, found, strict=True):
         y = loss.targets
         if y is None or not y.numel():
             continue
-        inputs = [leaf for _, leaf in leaves(call)]
-        if inputs and all(shares(leaf, y) or _is_next(leaf, y) for leaf in inputs):
+        same = inputs and all(shares(leaf, y) or _is_next(leaf, y) for leaf in inputs)
+        if same or (piece.targets and made_of == {frozenset({piece.targets})}):
             raise ValueError(
                 f"the step's targets are its inputs (a reconstruction, or a language model?); "
                 f"{SUPPORTED}; {REMEDY}"

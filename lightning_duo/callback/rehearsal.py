@@ -83,7 +83,7 @@ def rehearse(
         copied = _twin(module)
         watch = Watch(copied, names=None, losses=True, mode=_UntilBackward)
         eager = torch.compiler.set_stance("force_eager")
-        with eager, own_stream(module.device), context(), unnoticed(copied), watch.looking():
+        with eager, own_stream(module.device), context(), unnoticed(copied), watch.looking(batch):
             with suppress(_BackwardReached):
                 getattr(copied, f"{stage}_step")(batch, *given)
     except Exception as error:  # whatever the user's step may raise

@@ -1,5 +1,7 @@
 """The base once more: for logits that its step does not show, or that do not know the labels."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -8,6 +10,7 @@ from lightning_duo.base import Call, logits_in
 from lightning_duo.callback.learnt import Learnt, Stage
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.reading import Example, Reading
+from lightning_duo.callback.replay import knows_labels
 from lightning_duo.isolation import evaluating, unnoticed
 
 
@@ -30,6 +33,7 @@ def without_labels(
     base: LightningModule,
     learnt: Learnt,
     messages: Messages,
+    batch: Any,
     *,
     stage: Stage,
 ) -> list[Example]:
@@ -40,12 +44,17 @@ def without_labels(
         base: The base.
         learnt: What is known of such steps; that its logits know the labels is added to it.
         messages: Where to warn of that.
+        batch: The batch.
         stage: Which step.
 
     Raises:
-        ValueError: If the base cannot run without the labels.
+        ValueError: If the base cannot run without the labels, or the step itself makes logits that
+            know them.
     """
     reading = learnt.reading
+    if reading is not None and reading.whole and reading.shared and learnt.leaks is None:
+        _refuse_leak(reading, base, examples[0], batch, stage=stage)
+        learnt.leaks = False
     if reading is None or not reading.labels or reading.whole or learnt.leaks is False:
         return examples
     try:
@@ -68,6 +77,19 @@ def without_labels(
                 once="leaks",
             )
     return again if learnt.leaks else examples
+
+
+def _refuse_leak(
+    reading: Reading, base: LightningModule, example: Example, batch: Any, *, stage: Stage
+) -> None:
+    assert example.logits is not None
+    if knows_labels(base, reading, batch, reading.task.outputs(example.logits)):
+        raise ValueError(
+            f"the logits that the {stage} step computes depend on its targets (a margin?), which a "
+            "deployed duo does not have; compute them without in validation, or pass "
+            "DuoCallback(..., batch_fn=lambda batch: (inputs, targets), "
+            "logits_fn=lambda module, inputs: logits)"
+        )
 
 
 def close(one: Tensor | None, other: Tensor | None) -> bool:

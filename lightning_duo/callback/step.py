@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_duo.callback.explain import learn
+from lightning_duo.callback.explain import AnotherHead, learn
 from lightning_duo.callback.guess import Guess, plain_logits
 from lightning_duo.callback.learnt import LOOKS, Learnt, Stage
 from lightning_duo.callback.lossless import Lossless, may_skip
@@ -109,7 +109,7 @@ class Step:
             found = self._replay()
         self._before.check(self.module, found)
         if self.stage != "training":
-            given = found, self.module, self.learnt, self.messages
+            given = found, self.module, self.learnt, self.messages, self.taken.batch
             found = without_labels(*given, stage=self.stage)
         return found
 
@@ -123,12 +123,15 @@ class Step:
         if self._hidden or (none and has_compiled()):
             self._rehearse()
         seen = self._watch.seen
-        if not seen.losses or (seen.by_hand and known is not None):
+        metrics = seen.by == "metrics" and self.stage != "training" and known is None
+        if not seen.losses or metrics or (seen.by == "hand" and known is not None):
             return self._without_loss(outputs, known)
         try:
             reading, examples = self._learnt()
+        except AnotherHead as error:
+            return self._other_step(error)
         except LookupError as error:
-            if self.stage != "training" and (known is not None or seen.by_hand):
+            if self.stage != "training" and (known is not None or seen.by == "hand"):
                 return self._without_loss(outputs, known)
             raise ValueError(f"{error}; {REMEDY}") from error
         self._refuse_constant(reading, examples)
@@ -136,7 +139,14 @@ class Step:
         return examples
 
     def _learnt(self) -> tuple[Reading, list[Example]]:
-        how: dict[str, Any] = {"head": self.options.head, "training": self.stage == "training"}
+        training = self.stage == "training"
+        known = self.learnt.reading if training else self.known or self.learnt.reading
+        how: dict[str, Any] = {
+            "head": self.options.head,
+            "training": training,
+            "known": known,
+            "other": self.known,
+        }
         try:
             return learn(self._watch.seen, self.taken, self.module, **how)
         except LookupError:
@@ -206,16 +216,20 @@ class Step:
             return reading.read(self._watch.seen.calls, self.taken.batch)
         except LookupError as error:
             self.learnt.looks = 0
-            if self.stage == "training" and not self.several:
-                self.messages.warn(
-                    f"a training step did something else than those before it ({error}), so the "
-                    "sidekick leaves its batch out; the next steps are watched again",
-                    once="another step",
-                )
-                return []
-            raise ValueError(
-                f"a {self.stage} step did something else than those before it: {error}; {REMEDY}"
-            ) from error
+            return self._other_step(error)
+
+    def _other_step(self, error: LookupError) -> list[Example]:
+        """Leave out a training step that did something else; refuse any other."""
+        if self.stage == "training" and self.learnt.reading is not None and not self.several:
+            self.messages.warn(
+                f"a training step did something else than those before it ({error}), so the "
+                "sidekick leaves its batch out; the next steps are watched again",
+                once="another step",
+            )
+            return []
+        raise ValueError(
+            f"a {self.stage} step did something else than those before it: {error}; {REMEDY}"
+        ) from error
 
     # ---- other steps ----
 

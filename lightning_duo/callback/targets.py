@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_duo.callback.layout import IGNORED, fitted
 from lightning_duo.callback.loss_calls import Loss
-from lightning_duo.callback.matches import Match, same, shares
+from lightning_duo.callback.matches import Match, masks_of, same, shares
 from lightning_duo.callback.reading import Piece
 from lightning_duo.callback.taken import Taken
 from lightning_duo.nested import Path, at, leaves
@@ -43,7 +43,14 @@ def target_of(loss: Loss, match: Match, taken: Taken, *, training: bool) -> Targ
     task = task_of(loss, match)
     if loss.targets is None:
         y, piece = only_targets(match.output, task, taken, loss.factors)
-        return Target(loss, match, piece, task, y, None)
+        masks = [by.reshape(-1) != 0 for by in loss.factors if not _is_or_is_not(y, by)]
+        masks += [] if loss.counts is None else [loss.counts]
+        some = torch.stack(masks).all(0) if masks else None
+        if some is None or bool(some.all()) or match.rows is not None:
+            return Target(loss, match, piece, task, y, None)
+        places = some.nonzero().flatten()
+        piece, _ = piece_of(y[places], places, match.output, task, taken)
+        return Target(loss, match, piece, task, y[places], places)
     y, rows = flat_targets(loss), match.rows
     counts = _counting(loss, len(y))
     if counts is not None:
@@ -61,6 +68,45 @@ def target_of(loss: Loss, match: Match, taken: Taken, *, training: bool) -> Targ
             soft = loss.targets.movedim(1, -1).reshape(-1, loss.targets.shape[1])
             piece, its_task = piece_of(soft, None, match.output, task, taken)
     return Target(loss, match, piece, its_task, y, rows)
+
+
+class StepTarget(NamedTuple):
+    """The targets of a loss whose logits the step makes."""
+
+    piece: Piece
+    task: Task
+    values: Tensor
+    logits: Tensor
+    """The loss's, detached; with zeros in the places that the step left out of it."""
+    rows: Tensor | None
+    """Which places the values are for; None for all."""
+
+
+def target_of_step(loss: Loss, taken: Taken) -> StepTarget:
+    """The targets of a loss whose logits are no output of a module.
+
+    Args:
+        loss: The loss; it has targets.
+        taken: The batch.
+    """
+    task: Task = Classes(1, ignored(loss))
+    if loss.kind != "classes":
+        task = Labels(("base",) if loss.kind == "probabilities" else ())
+    y, z = flat_targets(loss), loss.logits.detach()
+    piece, its_task = piece_of(y, None, z, task, taken)
+    counts = _counting(loss, len(y))
+    if counts is not None:
+        some, some_task = piece_of(y[counts], counts, z, task, taken)
+        return StepTarget(some, some_task, y[counts], z, counts)
+    if piece.targets is None and isinstance(task, Classes) and z.ndim == 2 and y.ndim == 1:
+        for count in {leaf.numel() for _, leaf in leaves(taken.batch)}:
+            for mask in masks_of(taken, count, len(y), z.shape[1]) if count > len(y) else ():
+                full, rows = z.new_zeros(count, z.shape[1]), mask.nonzero().flatten()
+                full[rows] = z
+                some, its_task = piece_of(y, rows, full, task, taken)
+                if some.targets is not None:
+                    return StepTarget(some, its_task, y, full, rows)
+    return StepTarget(piece, its_task, y, z, None)
 
 
 def task_of(loss: Loss, match: Match) -> Task:
@@ -124,6 +170,8 @@ def only_targets(
         used = not factors or any(_is_or_is_not(found, one) for one in factors)
         if low >= 0 and high <= top and whole and used:
             fits.append((path, found))
+    if len(fits) > 1:  # what is no weight is there as yes and as no
+        fits = [one for one in fits if len(_alike(one[1], factors)) > 1] or fits
     if len(fits) != 1:
         raise LookupError(
             f"{len(fits)} parts of the batch could be the targets of the logits "
@@ -134,16 +182,24 @@ def only_targets(
 
 def _is_or_is_not(y: Tensor, factor: Tensor) -> bool:
     """Whether a factor is these labels, or 1 where they are 0."""
-    y, factor = y.reshape(-1).double(), factor.detach().reshape(-1).double()
-    return same(y, factor) or same(1 - y, factor)
+    return bool(_alike(y, [factor]))
+
+
+def _alike(y: Tensor, factors: Sequence[Tensor]) -> set[bool]:
+    """Whether these labels are among the factors, and whether 1 where they are 0 is."""
+    y, found = y.reshape(-1).double(), set()
+    for factor in factors:
+        factor = factor.detach().reshape(-1).double()
+        found |= {yes for yes in (True, False) if same(y if yes else 1 - y, factor)}
+    return found
 
 
 def _one_hot_inside(loss: Loss, match: Match, taken: Taken) -> tuple[Piece, Task, Tensor] | None:
     """Targets of several classes that the loss has made one-hot; the batch has their indices."""
     y, z = loss.targets, loss.logits
-    if y is None or y.ndim != 2 or y.shape != z.shape or y.shape[1] < 2:
+    if y is None or y.ndim < 2 or y.shape != z.shape or y.shape[1] < 2:
         return None
-    task, hard = Classes(match.dim), y.argmax(1)
+    task, hard = Classes(match.dim), y.argmax(1).reshape(-1)
     piece, _ = piece_of(hard, None, match.output, task, taken)
     return None if piece.targets is None else (piece, task, hard)
 
@@ -209,7 +265,10 @@ def _mask_of(rows: Tensor, left_out: Tensor, taken: Taken) -> Path | None:
     if not bool((rows[1:] > rows[:-1]).all()):
         return None
     for path, leaf in leaves(taken.batch):
-        if leaf.numel() == len(left_out) and not leaf.is_floating_point():
-            if torch.equal(leaf.reshape(-1).bool(), ~left_out):
+        if leaf.numel() == len(left_out):
+            flat = leaf.reshape(-1)
+            if leaf.is_floating_point() and bool(((flat != 0) & (flat != 1)).any()):
+                continue
+            if torch.equal(flat.bool(), ~left_out):
                 return path
     return None

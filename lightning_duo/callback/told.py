@@ -50,5 +50,5 @@ def read_told(
 
 def note_kind(seen: Seen, learnt: Learnt) -> None:
     """Note of which kind the loss of a step is, if one was seen."""
-    kinds = [loss.kind for loss in seen.losses if not seen.by_hand]
+    kinds = [loss.kind for loss in seen.losses if seen.by != "hand"]
     learnt.kind = next(iter(kinds), learnt.kind)

@@ -11,7 +11,8 @@ from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric
 
 from lightning_duo.base import Call
-from lightning_duo.callback.loss_calls import Loss, LossMode
+from lightning_duo.callback.lineage import Lineage
+from lightning_duo.callback.loss_calls import By, Loss, LossMode
 from lightning_duo.nested import leaves
 
 RECENT = 64  # calls of modules deep inside others that are remembered
@@ -41,10 +42,10 @@ class Seen(NamedTuple):
     calls: list[Called]
     sources: list[tuple[Tensor, Tensor]]
     """Results of softmax, sigmoid and logarithm, each with what it was computed of."""
-    by_hand: bool = False
-    """Whether no loss function was called, so that the losses are a guess."""
-    features: Callable[[Tensor], bool] = lambda tensor: tensor.grad_fn is not None
-    """Whether a tensor comes from a module with weights."""
+    by: By = "hand"
+    """Who computes the losses; those that are written out are a guess."""
+    lineage: Lineage = Lineage()
+    """What its tensors were made of."""
 
 
 class Watch:
@@ -66,7 +67,7 @@ class Watch:
         *,
         names: frozenset[str] | None,
         losses: bool,
-        mode: Callable[[], LossMode] = LossMode,
+        mode: Callable[[Any], LossMode] = LossMode,
     ) -> None:
         self.module, self.names, self.losses, self.mode = module, names, losses, mode
         self.seen = Seen([], [], [])
@@ -110,15 +111,14 @@ class Watch:
             stack.callback(self._open.clear)
             if self.losses:
                 stack.callback(self._note_losses)
-                self._mode = stack.enter_context(self.mode())
+                self._mode = stack.enter_context(self.mode(given[0] if given else None))
             yield
 
     def _note_losses(self) -> None:
         if self._mode is not None:
-            sources = [(result, x) for _, x, result in self._mode.soft]
-            found, by_hand = self._mode.found(), not self._mode.losses
-            made = self._mode.is_made
-            self.seen = Seen(found, self.seen.calls, sources, by_hand, made)
+            sources = [(soft.result, soft.logits) for soft in self._mode.by_hand.soft]
+            found, by = self._mode.found(), self._mode.by
+            self.seen = Seen(found, self.seen.calls, sources, by, self._mode.lineage)
         self._mode = None
 
     @contextmanager
@@ -188,8 +188,7 @@ class Watch:
         versions = self._open.pop() if self._open else _versions(call)
         weighted = any(True for _ in module.parameters())
         if weighted and self._mode is not None:
-            given = {id(leaf) for _, leaf in leaves(call)}
-            self._mode.note_made([x for _, x in leaves(output) if id(x) not in given])
+            self._mode.lineage.note_learnt(call, output)
         calls, depth = self.seen.calls, len(self._open)
         calls.append(Called(name, call, output, depth, versions, weighted))
         deep = [i for i, one in enumerate(calls) if one.depth >= OUTER]

@@ -29,6 +29,7 @@ THEMES = (
     "sets",
     "steps",
     "disguised",
+    "traps",
 )
 for name in THEMES:
     import_module(f"strangers.{name}")
