@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_duo.callback.loss_calls import Kind
+from lightning_duo.callback.by_hand import Kind
 from lightning_duo.callback.reading import Reading
 from lightning_duo.nested import Path
 

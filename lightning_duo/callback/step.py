@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_duo.callback.explain import AnotherHead, learn
+from lightning_duo.callback.explain import learn
 from lightning_duo.callback.guess import Guess, plain_logits
+from lightning_duo.callback.heads import AnotherHead
 from lightning_duo.callback.learnt import LOOKS, Learnt, Stage
 from lightning_duo.callback.lossless import Lossless, may_skip
 from lightning_duo.callback.messages import Messages
