@@ -154,7 +154,7 @@ class Watch:
         if _is_compiled(self.module):
             return
         inside: tuple[str, ...] = ()  # a compiled module's parts are not called one by one
-        for name, part in self.module.named_modules():
+        for name, part in self._named():
             if not name or (inside and name.startswith(inside)):
                 continue
             if _is_wrapped(part) or _is_compiled(part) or isinstance(part, torch.jit.ScriptModule):
@@ -163,6 +163,19 @@ class Watch:
                 continue
             if self.names is None or name in self.names:
                 yield name, part
+
+    def _named(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that are wanted, each after those that it is a part of."""
+        if self.names is None:
+            yield from self.module.named_modules()
+            return
+        for wanted in self.names:  # to name all modules of a base takes long
+            part: nn.Module | None = self.module
+            keys = wanted.split(".") if wanted else []
+            for depth, key in enumerate(keys, 1):
+                part = None if part is None else part._modules.get(key)
+                if part is not None:
+                    yield ".".join(keys[:depth]), part
 
     def _hooked(self, name: str, part: nn.Module) -> list[Any]:
         def leave(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -186,7 +199,7 @@ class Watch:
 
     def _leave(self, name: str, module: nn.Module, call: Call, output: Any) -> None:
         versions = self._open.pop() if self._open else _versions(call)
-        weighted = any(True for _ in module.parameters())
+        weighted = self.losses and any(True for _ in module.parameters())
         if weighted and self._mode is not None:
             self._mode.lineage.note_learnt(call, output)
         calls, depth = self.seen.calls, len(self._open)
