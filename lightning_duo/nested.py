@@ -142,7 +142,16 @@ def _is_graph(value: Any) -> bool:
 def _attributes(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return dict(getattr(value, "__dict__", {}))
+    slots = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    """Attributes for which a class keeps places, as those of attrs do."""
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _rebuilt(value: Any, new: Mapping[Any, Any]) -> Any:

@@ -217,6 +217,8 @@ def _of_the_step(
     piece = replace(piece, number=number_of(loss, seen.losses))
     refuse([loss], [piece], inputs.call, seen.lineage)
     labels = frozenset({piece.targets}) if piece.targets else seen.lineage.of(loss.targets).parts
+    made_of = seen.lineage.of(loss.logits).parts
+    given = [seen.lineage.of(leaf).parts for _, leaf in leaves(inputs.call)]
     reading = Reading(
         inputs.name,
         (),
@@ -229,7 +231,8 @@ def _of_the_step(
         constants_of(inputs.call),
         whole=True,
         options=_options(loss),
-        shared=seen.lineage.of(loss.logits).parts & labels,
+        shared=made_of & labels,
+        others=made_of.difference(labels, *given, {piece.mask} if piece.mask else ()),
     )
     known = piece.targets is not None
     targets = piece.read(taken.batch, z, task) if known else in_places(y, rows, z, task)

@@ -120,6 +120,8 @@ class Reading:
     """Of how many heads the step computes a loss."""
     shared: frozenset[Path] = field(default=frozenset(), compare=False)
     """Parts of the batch of which the step makes both its logits and its targets."""
+    others: frozenset[Path] = field(default=frozenset(), compare=False)
+    """Parts of the batch of which the step makes its logits, beside those of the call."""
 
     @property
     def watching(self) -> bool:

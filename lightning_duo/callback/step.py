@@ -21,7 +21,7 @@ from lightning_duo.callback.snapshot import Snapshot
 from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.told import note_kind, read_told
 from lightning_duo.callback.watch import Called, Watch
-from lightning_duo.nested import at, leaves
+from lightning_duo.nested import at, leaves, path_text
 
 
 class Step:
@@ -175,6 +175,14 @@ class Step:
                 learnt.looks = 0  # every step is rehearsed
         said = reading.text(examples[0].call, self.taken)
         self.messages.info(said, once=said)
+        if reading.others:
+            others = ", ".join(sorted(f"batch{path_text(path)}" for path in reading.others))
+            self.messages.info(
+                f"the step makes its logits of {others} too, which the sidekick, called as "
+                f"{reading.name} is, does not see; to give it more, pass batch_fn=lambda batch: "
+                "(inputs, targets) and logits_fn=lambda module, inputs: logits",
+                once=others,
+            )
         if reading.watching and self.messages.first("watched"):
             self.messages.info(
                 "the step computes its logits or targets itself, so every step is watched, which "

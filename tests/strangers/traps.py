@@ -13,7 +13,7 @@ from strangers.models import Optimized, mlp
 from strangers.refused import OneLoss, Unfit
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import Metric
 
 
@@ -690,6 +690,44 @@ class MaskedByHand(MetricLoss):
 
     def targets(self, batch: Any) -> Tensor:
         return batch[1].masked_fill(batch[2] == 0, torch.nan)
+
+
+class Slotted:
+    """A batch with places for its attributes alone, as classes of attrs have them."""
+
+    __slots__ = ("species", "traits")
+
+    def __init__(self, traits: Tensor, species: Tensor) -> None:
+        self.traits, self.species = traits, species
+
+
+class SlottedModule(Classifier):
+    def parts(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return batch.traits, batch.species
+
+    def transfer_batch_to_device(self, batch: Any, *_: Any) -> Any:
+        return batch
+
+
+def slotted(samples: list[Any]) -> Slotted:
+    return Slotted(*(torch.stack(part) for part in zip(*samples, strict=True)))
+
+
+class SlottedBatches(Rule):
+    def module(self) -> L.LightningModule:
+        return SlottedModule()
+
+    def loaders(self) -> tuple[Any, Any]:
+        return tuple(
+            DataLoader(self.data(count, seed), 16, collate_fn=slotted)
+            for count, seed in ((192, 1), (96, 2))
+        )
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (batch.traits,), {}
+
+    def targets(self, batch: Any) -> Tensor:
+        return batch.species
 
 
 class ActivePart(Rule):
