@@ -22,6 +22,8 @@ class Learnt:
     """Steps in a row whose targets were one number that the step made."""
     leaks: bool | None = None
     """Whether the logits depend on the labels that the call was given; None: not known yet."""
+    by_hand: bool = False
+    """Whether the step writes its losses out."""
     kind: Kind | None = None
     """Of the loss."""
     reruns: bool = False

@@ -57,9 +57,11 @@ class Lineage:
 
     def note(self, function: Any, given: Iterable[Tensor], result: Any) -> None:
         """Remember what a function made of its arguments."""
-        given = list(given)
         if function is Tensor.__setitem__:
-            self._keep(given[:1], given)
+            changed, *others = given
+            self._keep([changed], [changed, *others])
+        elif not isinstance(result, Tensor | tuple | list) or isinstance(result, torch.Size):
+            return
         elif function is torch.broadcast_tensors:  # each is made of one
             for tensor, made in zip(given, result, strict=True):
                 self._keep([made], [tensor])

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_duo.callback.by_hand import ByHand, Kind
+from lightning_duo.callback.by_hand import LOGARITHMS, SOFT, ByHand, Kind
 from lightning_duo.callback.lineage import Lineage, tensors
 
 LOSSES: dict[Callable[..., Any], Kind] = {
@@ -95,12 +95,15 @@ class LossMode(TorchFunctionMode):
 
     Args:
         batch: Of the step.
+        follow: Whether to follow what each tensor is made of, too, which takes far longer: without,
+            losses that the step writes out are not found.
     """
 
-    def __init__(self, batch: Any = None) -> None:
+    def __init__(self, batch: Any = None, *, follow: bool = True) -> None:
         super().__init__()
+        self.follow = follow
         self.losses: list[Loss] = []
-        self.lineage = Lineage(batch)
+        self.lineage = Lineage(batch if follow else None)
         self.by_hand = ByHand(self.lineage)
         self.of_metrics: list[Loss] = []
         self._terms: list[Tensor] = []  # what the losses returned
@@ -132,8 +135,10 @@ class LossMode(TorchFunctionMode):
             self._note_part(*args)
         elif func in REDUCTIONS:
             self._all_count.update(i for i, terms in enumerate(self._terms) if args[0] is terms)
-        self.lineage.note(func, tensors((args, kwargs)), result)
-        self.by_hand.see(func, args, kwargs, result)
+        if self.follow:
+            self.lineage.note(func, tensors((args, kwargs)), result)
+        if self.follow or func in LOGARITHMS or func in SOFT:
+            self.by_hand.see(func, args, kwargs, result)
         return result
 
     def _note_product(self, one: Any, other: Any) -> None:

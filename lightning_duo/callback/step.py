@@ -1,6 +1,7 @@
 """One step of the base: what goes in, and which logits it makes of it."""
 
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning_duo.callback.explain import learn
 from lightning_duo.callback.guess import Guess, plain_logits
 from lightning_duo.callback.heads import AnotherHead
 from lightning_duo.callback.learnt import LOOKS, Learnt, Stage
+from lightning_duo.callback.loss_calls import LossMode
 from lightning_duo.callback.lossless import Lossless, may_skip
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
@@ -64,9 +66,9 @@ class Step:
         if self.guess is not None and learnt.targets_at is not None:
             self.guess.targets = at(self.taken.batch, learnt.targets_at)
         reading = learnt.reading
-        self.looking = fresh or reading is None or learnt.looks < LOOKS
-        self.looking |= reading is not None and reading.watching
-        names = None if self.looking or reading is None else frozenset({reading.module})
+        self._anew = fresh or reading is None or learnt.looks < LOOKS or learnt.by_hand
+        self.looking = self._anew or (reading is not None and reading.watching)
+        names = None if self._anew or reading is None else frozenset({reading.module})
         self._hidden = is_compiled(module, stage)
         self._called: list[Called] | None = None  # before a rehearsal showed more
         tensors = self.taken.tensors
@@ -74,7 +76,9 @@ class Step:
             tensors = [leaf for _, leaf in leaves((self.guess.inputs, self.guess.targets))]
         self._before = Snapshot(tensors, copy=fresh)
         names = frozenset() if self._hidden else names
-        self._watch = Watch(module, names=names, losses=self.looking and not self._hidden)
+        losses = self.looking and not self._hidden
+        mode = partial(LossMode, follow=self._anew)
+        self._watch = Watch(module, names=names, losses=losses, mode=mode)
         self._watch.follow(trainer, stage)
 
     def finish(self) -> None:
@@ -132,6 +136,9 @@ class Step:
         except AnotherHead as error:
             return self._other_step(error)
         except LookupError as error:
+            if not self._anew:
+                self.learnt.looks = 0
+                return self._other_step(error)
             if self.stage != "training" and (known is not None or seen.by == "hand"):
                 return self._without_loss(outputs, known)
             raise ValueError(f"{error}; {REMEDY}") from error
@@ -168,6 +175,7 @@ class Step:
         same = learnt.reading is not None and learnt.reading.same_for == reading.same_for
         learnt.looks = learnt.looks + 1 if same else 1
         learnt.reading = reading
+        learnt.by_hand = self._watch.seen.by == "hand" and reading.watching
         if self._called is not None:
             mine = [called for called in self._called if called.name == reading.module]
             learnt.reruns = len(mine) != reading.calls

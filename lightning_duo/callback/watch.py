@@ -200,7 +200,7 @@ class Watch:
     def _leave(self, name: str, module: nn.Module, call: Call, output: Any) -> None:
         versions = self._open.pop() if self._open else _versions(call)
         weighted = self.losses and any(True for _ in module.parameters())
-        if weighted and self._mode is not None:
+        if weighted and self._mode is not None and self._mode.follow:
             self._mode.lineage.note_learnt(call, output)
         calls, depth = self.seen.calls, len(self._open)
         calls.append(Called(name, call, output, depth, versions, weighted))
