@@ -63,4 +63,5 @@ def one_sample(call: Call, count: int) -> Call | None:
         return None  # sparse and nested tensors cannot be cut
     if any(t.ndim and len(t) != count for t in tensors):
         return None
-    return mapped(call, lambda t: t[:1].detach() if t.ndim else t.detach())  # type: ignore[no-any-return]
+    # An image with metadata may refuse to be sliced.
+    return mapped(call, lambda t: (t.narrow(0, 0, 1) if t.ndim else t).detach())  # type: ignore[no-any-return]

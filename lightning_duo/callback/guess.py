@@ -64,6 +64,15 @@ class Guess:
             )
 
     @property
+    def targets(self) -> Tensor:
+        """What the sidekick should have said; one with metadata would carry them along."""
+        return self._targets.as_subclass(Tensor)
+
+    @targets.setter
+    def targets(self, targets: Tensor) -> None:
+        self._targets = targets
+
+    @property
     def call(self) -> Call:
         """What the sidekick is called with."""
         return Call((self.inputs,), {})
@@ -99,7 +108,7 @@ class Guess:
                 f"the base must give floating-point logits, got {describe(logits)}; pass "
                 "DuoCallback(..., logits_fn=lambda module, inputs: ...) that returns them"
             )
-        return logits.detach()
+        return logits.detach().as_subclass(Tensor)  # one with metadata would carry them along
 
     def _from_forward(self, seen: list[tuple[Any, Tensor]]) -> Tensor | None:
         """What the module's forward gave, if it is clear which call counts."""

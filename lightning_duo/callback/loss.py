@@ -39,9 +39,9 @@ def task_loss(
     if targets.is_floating_point():
         soft = targets.movedim(task.dim, 1)
         return F.cross_entropy(logits, soft.float(), **options)
+    targets = targets.long().reshape(logits.shape[:1] + logits.shape[2:])  # masks (N, 1, H, W)
     if task.ignore_index is None:
-        return F.cross_entropy(logits, targets.long(), **options)
-    targets = targets.long()
+        return F.cross_entropy(logits, targets, **options)
     weight = options.get("weight")
     index = {"ignore_index": task.ignore_index, "reduction": "sum"}
     total = F.cross_entropy(logits, targets, **options, **index)  # type: ignore[arg-type]

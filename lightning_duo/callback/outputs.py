@@ -71,7 +71,7 @@ def sidekick_logits(output: Any, base: Tensor | None, logits_at: Path, task: Tas
             f"the sidekick must return floating-point logits, or an object or mapping with them "
             f"under 'logits', got {what}; pass a module whose forward returns its logits alone"
         )
-    return logits
+    return logits.as_subclass(Tensor)  # one with metadata would carry them along
 
 
 def _other_shape(found: Tensor, base: Tensor, task: Task) -> str:

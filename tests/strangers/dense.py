@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from lightning_duo.tasks import Classes
+
 
 def pixel_net(outputs: int, channels: int = 3, width: int = 8) -> nn.Sequential:
     return nn.Sequential(
@@ -263,7 +265,7 @@ class EnlargedInTheStep(Scenes):
 
 
 class MetaTensor(Tensor):
-    """Like MONAI's: an image that carries where it comes from."""
+    """Like MONAI's: images that carry where they come from, and cannot be cut without it."""
 
     meta: dict[str, Any]
 
@@ -281,6 +283,8 @@ class MetaTensor(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is Tensor.__getitem__ and isinstance(args[1], slice):
+            raise ValueError("inconsistent metadata")
         if isinstance(out, MetaTensor):
             first = next((a for a in args if isinstance(a, MetaTensor)), None)
             out.meta = getattr(first, "meta", {})
@@ -345,3 +349,29 @@ class Volumes(Stranger):
         yes = torch.eye(3, dtype=torch.float64)[truth.targets.as_subclass(Tensor).flatten(1)].mT
         overlap = 2 * (prob * yes).sum(2) / (prob + yes).sum(2)
         return nll(*rows(self.layout, truth)).mean() + 1 - overlap.mean()
+
+
+class WindowModule(VolumeModule):
+    """A sliding window, with labels (N, 1, D, H, W) that the step squeezes."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss_function(windows(self, batch["image"]), batch["label"])
+        self.log("val_loss", loss.as_subclass(Tensor), batch_size=len(batch["image"]))
+
+
+def windows(module: Any, images: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in images.split(3, -1)], -1)
+
+
+class Windows(Volumes):
+    """`logits_fn` and `task` say what many calls make."""
+
+    def module(self) -> L.LightningModule:
+        return WindowModule()
+
+    def arguments(self) -> dict[str, Any]:
+        return {"sidekick": self.sidekick, "logits_fn": windows, "task": Classes()}
+
+    def logits(self, module: Any, batch: Any) -> Tensor:
+        left, right = batch["image"][..., :3], batch["image"][..., 3:]
+        return torch.cat([module(left), module(right)], -1)
