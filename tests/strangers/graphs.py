@@ -312,3 +312,82 @@ class Molecules(Stranger):
         known = y.isfinite()
         loss = bce(z, y.nan_to_num(0.0)) * batch.w.double()[:, None]
         return loss[known].sum() / known.sum()
+
+
+class LinkModule(GraphModule):
+    """PyG's link prediction: a logit for each pair of nodes, from the embeddings of both."""
+
+    def encode(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x, edge_index).relu(), edge_index)
+
+    def decode(self, z: Tensor, edge_label_index: Tensor) -> Tensor:
+        return self.lin(z[edge_label_index[0]] * z[edge_label_index[1]])
+
+    def forward(self, data: Any) -> Tensor:
+        return self.decode(self.encode(data.x, data.edge_index), data.edge_label_index)
+
+    def loss(self, data: Any) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(data).view(-1), data.edge_label)
+
+    def training_step(self, data: Any, batch_idx: int) -> Tensor:
+        return self.loss(data)
+
+    def validation_step(self, data: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(data), batch_size=len(data.edge_label))
+
+
+class LinkPrediction(GraphStranger):
+    """With the pairs of `RandomLinkSplit`."""
+
+    layout = "labels"
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 24}
+
+    def module(self) -> L.LightningModule:
+        return LinkModule(1)
+
+    def loaders(self) -> tuple[Any, Any]:
+        from torch_geometric.loader import DataLoader as GraphLoader
+        from torch_geometric.transforms import RandomLinkSplit
+
+        (graph,) = NodeClassification().graphs(1, 3)
+        one, other = graph.y[graph.edge_index]
+        graph.edge_index = graph.edge_index[:, one == other]
+        graph.x = graph.x + 2 * F.one_hot(graph.y, 5)
+        train, val, _ = RandomLinkSplit(num_val=0.3, is_undirected=True)(graph)
+        return GraphLoader([train]), GraphLoader([val])
+
+    def sidekick(self, outputs: int) -> nn.Module:
+        return LinkModule(outputs, 6)
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (batch,), {}
+
+    def targets(self, batch: Any) -> Tensor:
+        return batch.edge_label[:, None]
+
+    def value(self, module: Any, batch: Any) -> Tensor:
+        return bce(*self.truth(module, batch)).mean()
+
+
+class EncodedLinkModule(LinkModule):
+    """The step of PyG's example: encode, then decode; forward is not called."""
+
+    def loss(self, data: Any) -> Tensor:
+        out = self.decode(self.encode(data.x, data.edge_index), data.edge_label_index)
+        return F.binary_cross_entropy_with_logits(out.view(-1), data.edge_label)
+
+
+class EncodedLinks(LinkPrediction):
+    """Its parts are called with parts of the graph, so the user says what a model takes."""
+
+    def module(self) -> L.LightningModule:
+        return EncodedLinkModule(1)
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "sidekick": self.sidekick,
+            "batch_fn": lambda data: (data, data.edge_label[:, None]),
+            "logits_fn": lambda module, data: module.decode(
+                module.encode(data.x, data.edge_index), data.edge_label_index
+            ),
+        }

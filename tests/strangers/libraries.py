@@ -1,13 +1,13 @@
 """Routines and losses of libraries that build on Lightning; a case needs its library installed."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from strangers.binary import bce
-from strangers.byhand import IGNORED, nll, plain, rows
-from strangers.data import Records, points, scenes
-from strangers.dense import PetMasks, PetModel, Scenes, Volumes, pixel_net
+from strangers.byhand import IGNORED, nll, rows
+from strangers.data import Records, images, points, scenes
+from strangers.dense import PetMasks, PetModel, Scenes, pixel_net
 from strangers.losses import Rule
 from strangers.models import Optimized, mlp
 from torch import Tensor, nn
@@ -179,63 +179,37 @@ class SMPCities(Scenes):
         return nll(logits, targets).sum() / batch[1].numel() + dice.mean()
 
 
-class MONAIModule(Optimized):
-    """MONAI's spleen tutorial: a U-Net for volumes, DiceCELoss, images with their affine."""
+class DetectionModule(Optimized):
+    """torchvision's detectors: the classes that they learn are of boxes which they propose."""
 
-    def __init__(self, outputs: int = 3, width: int = 4) -> None:
-        from monai.losses import DiceCELoss
-        from monai.networks.nets import UNet
+    def __init__(self) -> None:
+        from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
         super().__init__()
-        self._model = UNet(
-            spatial_dims=3,
-            in_channels=1,
-            out_channels=outputs,
-            channels=(width, 2 * width),
-            strides=(2,),
-            norm="batch",
-        )
-        self.loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._model(x)
+        sizes = {"num_classes": 3, "min_size": 32, "max_size": 32}
+        self.model = fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None, **sizes)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batch["image"], batch["label"]
-        return self.loss_function(self.forward(images), labels)
+        return sum(self.model(*batch).values())
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        images, labels = batch["image"], batch["label"]
-        outputs = self.forward(images)
-        loss = self.loss_function(outputs, labels)
-        self.log("val_loss", float(loss), batch_size=len(images))
-        return {"val_loss": loss, "val_number": len(outputs)}
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_boxes", float(len(self.model(batch[0])[0]["boxes"])), batch_size=4)
 
 
-class MONAIVolumes(Volumes):
-    needs = ("monai",)
+class Detection(Scenes):
+    refused = True
+
+    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 1}
 
     def module(self) -> L.LightningModule:
-        return MONAIModule()
+        return DetectionModule()
 
     def loaders(self) -> tuple[Any, Any]:
-        from monai.data import MetaTensor, list_data_collate
+        def boxes(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return x, {"boxes": torch.tensor([[4.0, 4.0, 20.0, 16.0]]), "labels": y[None] + 1}
 
-        def record(image: Tensor, label: Tensor) -> dict[str, Tensor]:
-            return {"image": MetaTensor(image), "label": MetaTensor(label[None])}
+        def collate(samples: list[Any]) -> tuple[Any, ...]:
+            return tuple(zip(*samples, strict=True))
 
-        train, val = (
-            Records(*scenes(count, seed, channels=1, size=(4, 6, 6), noise=0.5), make=record)
-            for count, seed in ((48, 1), (24, 2))
-        )
-        return (
-            DataLoader(train, 8, shuffle=True, collate_fn=list_data_collate),
-            DataLoader(val, 8, collate_fn=list_data_collate),
-        )
-
-    def value(self, module: Any, batch: Any) -> Tensor:
-        truth = self.truth(module, batch)
-        prob = plain(truth.logits).softmax(1).flatten(2)
-        yes = torch.eye(3, dtype=torch.float64)[truth.targets.as_subclass(Tensor).flatten(1)].mT
-        overlap = (2 * (prob * yes).sum(2) + 1e-5) / ((prob + yes).sum(2) + 1e-5)
-        return nll(*rows(self.layout, truth)).mean() + 1 - overlap.mean()
+        train, val = (Records(*images(8, seed, classes=2, size=32), make=boxes) for seed in (1, 2))
+        return DataLoader(train, 4, collate_fn=collate), DataLoader(val, 4, collate_fn=collate)
