@@ -119,6 +119,20 @@ class LandCoverMap(GeoScenes):
         return torch.where(batch["mask"] == 0, IGNORED, batch["mask"])
 
 
+class FocalMap(GeoScenes):
+    """smp's focal loss: a binary one for each class."""
+
+    def module(self) -> L.LightningModule:
+        return self.task(num_classes=3, loss="focal")
+
+    def value(self, module: Any, batch: Any) -> Tensor:
+        z, y = rows(self.layout, self.truth(module, batch))
+        yes = torch.eye(3, dtype=torch.float64)[y]
+        each = bce(z, yes)
+        focus = (1 - torch.exp(-each)).square()
+        return ((focus * each).mean(0) / focus.sum(0)).mean()
+
+
 class JaccardMap(GeoScenes):
     def module(self) -> L.LightningModule:
         return self.task(num_classes=3, loss="jaccard")

@@ -24,6 +24,7 @@ THEMES = (
     "running",
     "libraries",
     "earth",
+    "chemistry",
     "medicine",
     "auto",
     "refused",
