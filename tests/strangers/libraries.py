@@ -1,17 +1,17 @@
 """Routines and losses of libraries that build on Lightning; a case needs its library installed."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
 from strangers.binary import bce
 from strangers.byhand import IGNORED, nll, rows
-from strangers.data import Records, images, points, scenes
+from strangers.data import points, scenes
 from strangers.dense import PetMasks, PetModel, Scenes, pixel_net
 from strangers.losses import Rule
-from strangers.models import Optimized, mlp
+from strangers.models import mlp
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 
 class UncertaintyRoutine(Rule):
@@ -177,39 +177,3 @@ class SMPCities(Scenes):
         dice = 1 - 2 * (p * yes).sum(0) / (p + yes).sum(0)
         # smp's cross-entropy averages over all pixels; the ignored ones have a loss of 0.
         return nll(logits, targets).sum() / batch[1].numel() + dice.mean()
-
-
-class DetectionModule(Optimized):
-    """torchvision's detectors: the classes that they learn are of boxes which they propose."""
-
-    def __init__(self) -> None:
-        from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
-
-        super().__init__()
-        sizes = {"num_classes": 3, "min_size": 32, "max_size": 32}
-        self.model = fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None, **sizes)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return sum(self.model(*batch).values())
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_boxes", float(len(self.model(batch[0])[0]["boxes"])), batch_size=4)
-
-
-class Detection(Scenes):
-    refused = True
-
-    trainer: ClassVar[dict[str, Any]] = {"max_epochs": 1}
-
-    def module(self) -> L.LightningModule:
-        return DetectionModule()
-
-    def loaders(self) -> tuple[Any, Any]:
-        def boxes(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return x, {"boxes": torch.tensor([[4.0, 4.0, 20.0, 16.0]]), "labels": y[None] + 1}
-
-        def collate(samples: list[Any]) -> tuple[Any, ...]:
-            return tuple(zip(*samples, strict=True))
-
-        train, val = (Records(*images(8, seed, classes=2, size=32), make=boxes) for seed in (1, 2))
-        return DataLoader(train, 4, collate_fn=collate), DataLoader(val, 4, collate_fn=collate)
