@@ -12,7 +12,7 @@ from lightning_duo._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lightning_duo.base import LogitsOf
-    from lightning_duo.callback import DuoCallback
+    from lightning_duo.callback import DuoCallback, add_sidekick
     from lightning_duo.module import DuoModule, DuoOutput
     from lightning_duo.predict import DuoPredictor, PredictionWriter
     from lightning_duo.selective import Threshold, select_threshold
@@ -28,6 +28,7 @@ __all__ = [
     "TemperatureFit",
     "Temperatures",
     "Threshold",
+    "add_sidekick",
     "fit_temperatures",
     "select_threshold",
 ]
@@ -42,6 +43,7 @@ _HOME = {
     "TemperatureFit": "temperature",
     "Temperatures": "temperature",
     "Threshold": "selective",
+    "add_sidekick": "callback",
     "fit_temperatures": "temperature",
     "select_threshold": "selective",
 }

@@ -26,6 +26,7 @@ from lightning_duo.callback.requirements import (
 )
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.stages import Test, Validation
+from lightning_duo.callback.trained import Trained, is_trained, step_of_user
 
 
 class Hooks(Callback):
@@ -40,6 +41,7 @@ class Hooks(Callback):
         self.options = options
         self._run = Run(options, Messages(options.name))
         self._stage: Validation | Test | None = None
+        self._trained: Trained | None = None  # a base that stays as it is
         self._entered = ""  # what the Trainer is doing: "fit", "validate", "test" or "predict"
 
     # ---- from set-up to teardown ----
@@ -51,6 +53,12 @@ class Hooks(Callback):
             check_siblings(self, trainer)
             self._run = enter(self._run, trainer, pl_module, stage)
         self._entered = stage
+        if stage == "fit" and is_trained(pl_module) and step_of_user(pl_module) is None:
+            self._trained = Trained(pl_module, trainer)
+            self._run.messages.info(
+                "no parameter of the base is to be trained, so it stays as it is, in eval mode, "
+                "and only the sidekick learns"
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,6 +94,9 @@ class Hooks(Callback):
         if self._entered not in ("", "predict"):
             leave(self._run, self._entered, failed=failed)
         self._stage, self._entered = None, ""
+        if self._trained is not None:
+            self._trained.leave()
+        self._trained = None
 
     # ---- training ----
 

@@ -12,6 +12,7 @@ from lightning_duo.callback.processes import agree
 from lightning_duo.callback.reading import Example, Reading
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.step import Step
+from lightning_duo.callback.trained import step_of_user
 from lightning_duo.callback.training import Training
 from lightning_duo.isolation import own_stream
 
@@ -19,7 +20,8 @@ from lightning_duo.isolation import own_stream
 def begin_step(run: Run, trainer: Trainer, batch: Any, batch_idx: int) -> None:
     """Look at a batch that the base is about to learn from; `learn` ends that."""
     run.finish_step()
-    fresh = run.training is None or batch_idx == 0
+    # A base that stays as it is runs for nothing but to be seen.
+    fresh = run.training is None or (batch_idx == 0 and step_of_user(run.base) is None)
     run.step = run.watch(trainer, batch, "training", fresh=fresh)
 
 

@@ -2,7 +2,8 @@
 
 import copy
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from lightning_duo.callback.loss_calls import LossMode
 from lightning_duo.callback.refusals import REMEDY
 from lightning_duo.callback.sidekick import copies
 from lightning_duo.callback.taken import Taken
+from lightning_duo.callback.trained import step_of_user, untouched_metrics
 from lightning_duo.callback.watch import Seen, Watch
-from lightning_duo.isolation import own_stream, unnoticed
+from lightning_duo.isolation import evaluating, own_stream, unnoticed
 from lightning_duo.nested import kept
 
 
@@ -60,7 +62,8 @@ def rehearse(
 ) -> tuple[Seen, Taken]:
     """See what a step does with a batch, in one more evaluation that nobody notices.
 
-    A copy of the module runs it without compilation, up to where it would learn from its losses.
+    A copy of the module runs it without compilation, up to where it would learn from its losses;
+    a module that is not trained runs it itself.
 
     Args:
         trainer: The user's.
@@ -79,19 +82,45 @@ def rehearse(
     taken = Taken(batch)
     plugin = trainer.precision_plugin
     context = plugin.train_step_context if stage == "training" else plugin.val_step_context
+    own = step_of_user(module) if stage == "training" else None
     try:
-        copied = _twin(module)
+        copied = _twin(module) if own is None else module
+        step = own or getattr(copied, f"{stage}_step")
         watch = Watch(copied, names=None, losses=True, mode=_UntilBackward)
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, own_stream(module.device), context(), unnoticed(copied), watch.looking(batch):
-            with suppress(_BackwardReached):
-                getattr(copied, f"{stage}_step")(batch, *given)
+        with ExitStack() as stack:
+            if own is None:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            else:
+                stack.enter_context(_still(module))
+            stack.enter_context(own_stream(module.device))
+            stack.enter_context(context())
+            stack.enter_context(unnoticed(copied))
+            stack.enter_context(watch.looking(batch))
+            stack.enter_context(suppress(_BackwardReached))
+            step(batch, *given)
     except Exception as error:  # whatever the user's step may raise
+        why = "compiled, so it has to run once more without compilation"
+        if own is not None:
+            why = "that of a base which is not trained, so it has to run once"
         raise ValueError(
-            f"the {stage} step is compiled, so it has to run once more without compilation to be "
-            f"seen, and that fails ({type(error).__name__}: {error}); {REMEDY}"
+            f"the {stage} step is {why} to be seen, and that fails ({type(error).__name__}: "
+            f"{error}); {REMEDY}"
         ) from error
     return watch.seen, taken
+
+
+@contextmanager
+def _still(module: LightningModule) -> Iterator[None]:
+    """Around a step of a module that is not to learn, nor to count in its metrics."""
+    before = vars(module).get("manual_backward")
+    with evaluating(module), untouched_metrics(module):
+        vars(module)["manual_backward"] = _end
+        try:
+            yield
+        finally:
+            del vars(module)["manual_backward"]
+            if before is not None:
+                vars(module)["manual_backward"] = before
 
 
 def _twin(module: LightningModule) -> LightningModule:

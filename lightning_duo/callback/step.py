@@ -22,6 +22,7 @@ from lightning_duo.callback.rerun import without_labels
 from lightning_duo.callback.snapshot import Snapshot
 from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.told import note_kind, read_told
+from lightning_duo.callback.trained import step_of_user
 from lightning_duo.callback.watch import Called, Watch
 from lightning_duo.nested import at, leaves, path_text
 
@@ -69,7 +70,8 @@ class Step:
         self._anew = fresh or reading is None or learnt.looks < LOOKS or learnt.by_hand
         self.looking = self._anew or (reading is not None and reading.watching)
         names = None if self._anew or reading is None else frozenset({reading.module})
-        self._hidden = is_compiled(module, stage)
+        self._trained = stage == "training" and step_of_user(module) is not None
+        self._hidden = self._trained or is_compiled(module, stage)
         self._called: list[Called] | None = None  # before a rehearsal showed more
         tensors = self.taken.tensors
         if self.guess is not None:  # its own may be no part of the batch
@@ -103,7 +105,7 @@ class Step:
         if self.guess is not None:
             found = self._told(self.guess, outputs, classes)
         elif self.looking:
-            found = self._look(outputs)
+            found = self._look(outputs, classes)
         elif self.learnt.reading is not None and self.learnt.reading.guessed:
             found = self._without_loss(outputs, None)
         elif self.learnt.reruns and self.stage == "training":
@@ -120,13 +122,18 @@ class Step:
 
     # ---- what the step itself tells ----
 
-    def _look(self, outputs: Any) -> list[Example]:
+    def _look(self, outputs: Any, classes: int | None) -> list[Example]:
         known = self.learnt.reading
         if known is None or known.guessed:
             known = self.known
         none = not self._watch.seen.losses and known is None
         if self._hidden or (none and has_compiled()):
-            self._rehearse()
+            try:
+                self._rehearse()
+            except ValueError:
+                if not self._trained or known is None or known.watching:
+                    raise
+                return self._as_elsewhere(known, classes)
         seen = self._watch.seen
         metrics = seen.by == "metrics" and self.stage != "training" and known is None
         if not seen.losses or metrics or (seen.by == "hand" and known is not None):
@@ -145,6 +152,19 @@ class Step:
         self._refuse_constant(reading, examples)
         self._remember(reading, examples)
         return examples
+
+    def _as_elsewhere(self, known: Reading, classes: int | None) -> list[Example]:
+        """The example of a step that cannot be seen, read as the steps of another stage are.
+
+        Raises:
+            ValueError: If its batch is another.
+        """
+        learnt = self.learnt
+        learnt.reading, learnt.reruns, learnt.looks = known, True, LOOKS
+        try:
+            return self._unseen(classes)
+        except LookupError as error:
+            raise ValueError(f"the training step cannot be seen: {error}; {REMEDY}") from error
 
     def _learnt(self) -> tuple[Reading, list[Example]]:
         training = self.stage == "training"

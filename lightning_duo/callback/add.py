@@ -1,0 +1,86 @@
+"""`add_sidekick`: a duo of a base that is trained already."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_duo.callback.duo import DuoCallback
+from lightning_duo.callback.trained import MARK
+from lightning_duo.zoo import SidekickSource
+
+EPOCHS = 10
+
+
+def add_sidekick(
+    module: LightningModule,
+    train_loader_or_datamodule: Any,
+    val_loaders: Any = None,
+    *,
+    sidekick: SidekickSource,
+    ckpt_path: str | None = None,
+    trainer: Trainer | None = None,
+    **options: Any,
+) -> DuoCallback:
+    """Train a sidekick for a base that is trained already, and fit the temperatures.
+
+    The base stays as it is, bit for bit, in eval mode: training runs it for its first batches only,
+    to see how its step reads a batch (and for all of them where only the step tells the targets).
+    It costs little more than to train the sidekick alone. `Trainer.fit` of a module without a
+    parameter that wants a gradient, with `DuoCallback`, does the same.
+
+    Args:
+        module: The base, as its training left it; its training and validation steps say what inputs
+            and targets are.
+        train_loader_or_datamodule: What the sidekick learns from, and with a datamodule also what
+            the temperatures are fitted on.
+        val_loaders: What the temperatures are fitted on, if there is no datamodule.
+        sidekick: As for `DuoCallback`.
+        ckpt_path: A checkpoint of the base, whose weights are loaded first; one of a run of this
+            function is resumed.
+        trainer: By default one for 10 epochs; callbacks, loggers, precision and strategy are its.
+        options: Further arguments of `DuoCallback`.
+
+    Returns:
+        The callback, which is among the Trainer's: `module` is the duo, `results` the figures.
+
+    Raises:
+        MisconfigurationException: If there is no validation data.
+        ValueError: As `DuoCallback` does.
+
+    Example:
+        >>> callback = add_sidekick(model, datamodule, sidekick="resnet34")  # doctest: +SKIP
+        >>> duo = callback.module  # doctest: +SKIP
+    """
+    callback = DuoCallback(sidekick=sidekick, **options)
+    data = {"train_dataloaders": train_loader_or_datamodule, "val_dataloaders": val_loaders}
+    if isinstance(train_loader_or_datamodule, LightningDataModule):
+        data = {"datamodule": train_loader_or_datamodule}
+    elif val_loaders is None:
+        raise MisconfigurationException(
+            "there is no validation data, which the temperatures are fitted on; pass "
+            "add_sidekick(module, train_loader, val_loader, ...) or a datamodule"
+        )
+    trainer = trainer or Trainer(max_epochs=EPOCHS)
+    resumed = None if ckpt_path is None else _loaded(module, ckpt_path)
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainer.callbacks.append(callback)  # type: ignore[attr-defined]
+    module.requires_grad_(False)
+    try:
+        trainer.fit(module, **data, ckpt_path=resumed)
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    return callback
+
+
+def _loaded(module: LightningModule, path: str) -> str | None:
+    """Load the base's weights; returns the path if the checkpoint is one to be resumed."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    groups = [g for state in checkpoint.get("optimizer_states", ()) for g in state["param_groups"]]
+    if any(MARK in group for group in groups):
+        return path
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return None
