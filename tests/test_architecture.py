@@ -173,7 +173,7 @@ def test_deployment_needs_no_lightning() -> None:
 def test_public_names_are_few_and_exist() -> None:
     import lightning_duo
 
-    assert len(lightning_duo.__all__) <= 11
+    assert len(lightning_duo.__all__) <= 12
     assert all(getattr(lightning_duo, name) is not None for name in lightning_duo.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Trio'"):
         _ = lightning_duo.Trio
