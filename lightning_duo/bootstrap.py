@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_duo.evaluation import MEASURES, Predictions
-from lightning_duo.evaluation.measures import Judged, applicable
+from lightning_duo.evaluation.judged import Judged
+from lightning_duo.evaluation.measures import applicable
 
 CHUNK_WEIGHTS = 1 << 18  # multiplicities held at a time; more do not stay in the cache
 

@@ -17,7 +17,7 @@ from lightning_duo.callback.sidekick import copies
 from lightning_duo.cost import Cost, count_flops, count_parameters
 from lightning_duo.isolation import own_stream, unnoticed
 from lightning_duo.module import DuoModule
-from lightning_duo.report import print_summary, write_report
+from lightning_duo.report import SEEN, print_summary, write_report
 
 
 def duo_of(run: Run) -> DuoModule:
@@ -106,6 +106,7 @@ def report_of(run: Run, path: str | Path, stage: str | None, resamples: int | No
             f"there is nothing to report on {stage!r} yet: run trainer.fit with validation data, "
             f"trainer.validate or trainer.test; known: {sorted(run.predictions)}"
         )
+    fitted_on = stage_name("val", run.options.calibration_loader)
     # A module that was pickled or copied belongs to no Trainer.
     if run.base._trainer is not None and not run.base.trainer.is_global_zero:
         return Path(path)
@@ -114,10 +115,18 @@ def report_of(run: Run, path: str | Path, stage: str | None, resamples: int | No
         run.predictions[stage],
         run.fitted.calibration,
         data={"val": "the validation set", "test": "the test set"}.get(stage, stage),
-        held_out=stage != stage_name("val", run.options.calibration_loader),
+        held_out=stage != fitted_on,
         cost=run.cost or cost_of(run),
         resamples=resamples,
+        seen=_seen(run, stage),
+        seen_by_fit=_seen(run, fitted_on),
     )
+
+
+def _seen(run: Run, stage: str) -> int | None:
+    """How many decisions a stage saw, if only a sample of them is kept."""
+    seen = run.results.get(stage, {}).get("duo", {}).get(SEEN)
+    return None if seen is None else int(seen)
 
 
 def show_gain(run: Run) -> None:

@@ -87,8 +87,9 @@ class DuoCallback(Hooks):
         delta: Probability with which the accepted of new data may miss it; see `select_threshold`.
         metrics: Which metrics to log: names of `evaluation.MEASURES`, or "all"; `results` holds all
             in any case.
-        fit_memory: Bytes for what a validation or test keeps of the logits, over all processes.
-            Where there are more, as of the pixels of many images, a random sample is kept.
+        fit_memory: Bytes for what a validation or test keeps of the logits and of what is said of
+            them, over all processes. Where there are more, as of the pixels of many images, a
+            random sample is kept.
         figures: Whether to send figures (risk-coverage, reliability, confidence) to the loggers at
             the end of every validation and test; needs matplotlib, and a logger that takes figures
             (TensorBoard, or one with ``log_image``).
@@ -202,7 +203,9 @@ class DuoCallback(Hooks):
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
         """Stage ("val", "test") -> model -> metric -> value, of the last run; see `DuoMetrics`.
 
-        Of a further dataloader the stage is "val/dataloader_idx_1", say.
+        Of a further dataloader the stage is "val/dataloader_idx_1", say. Where only a sample of the
+        decisions is kept, each model has two entries more: on how many decisions it was "measured",
+        and how many were "seen".
         """
         return self._run.results
 

@@ -1,11 +1,18 @@
 """What both models say of a batch."""
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_duo.base import Call
 from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.outputs import run_sidekick, sidekick_logits
+from lightning_duo.callback.reading import Example, Reading
+from lightning_duo.callback.run import Run
+from lightning_duo.isolation import evaluating
 from lightning_duo.logits import Logits
 from lightning_duo.nested import Path, leaves, mapped
 from lightning_duo.tasks import Labels, Rows, Task
@@ -16,10 +23,51 @@ class Found(NamedTuple):
 
     logits: Logits
     """Of each decision, (R, K), and its target."""
-    items: torch.Tensor | None
+    items: Tensor | None
     """Which item of the batch each belongs to; None where decision i is of item i, or unknown."""
     part: Path
     """Which of several loaders, combined in one batch, they come from."""
+
+
+def both(run: Run, trainer: Trainer, reading: Reading, example: Example) -> Found:
+    """Let the sidekick judge what the base has judged.
+
+    Args:
+        run: The run, which learns what a sample is.
+        trainer: The user's.
+        reading: How the step was read.
+        example: A call of the base in it, with logits and targets.
+    """
+    base, task = example.logits, reading.task
+    assert base is not None
+    rows = task.rows(base, example.targets, "base")
+    check_no_softmax(run.messages, rows, task)
+    sidekick = run.ready_sidekick(trainer, task.outputs(base), example)
+    # A transform may have modes too.
+    precision: AbstractContextManager[Any] = trainer.precision_plugin.val_step_context()
+    with evaluating(sidekick.deployable()), precision:
+        call = sidekick.call(example.call, reading.part_of(run.base))
+        output = run_sidekick(sidekick.model, call)
+    logits = sidekick_logits(output, base, reading.logits_at, task)
+    sidekick.look(logits, task)
+    theirs = run.with_member(task).rows(logits, example.targets, "sidekick")
+    if not reading.whole:  # else a part of the base is not all that it costs
+        run.example = one_sample(example.call, len(base)) or run.example
+    assert rows.targets is not None
+    found = Logits(rows.logits.float(), theirs.logits.float(), rows.targets)
+    items = _items(run, rows, example)
+    return Found(Logits(*(part.cpu() for part in found)), items, example.part)
+
+
+def _items(run: Run, rows: Rows, example: Example) -> Tensor | None:
+    """Which item of the batch each row belongs to, where that is another than its number."""
+    if rows.items is None and example.items is None:
+        return None
+    check_independent(run.options.delta)
+    items = rows.items
+    if example.items is not None:
+        items = example.items if items is None else example.items[items]
+    return None if items is None else items.cpu()
 
 
 def together(found: list[Found], part: Path) -> Found:

@@ -25,8 +25,9 @@ from lightning_duo.callback.requirements import (
     check_trainer,
 )
 from lightning_duo.callback.run import Run
-from lightning_duo.callback.stages import Test, Validation
+from lightning_duo.callback.testing import Test
 from lightning_duo.callback.trained import Trained, is_trained, step_of_user
+from lightning_duo.callback.validation import Validation
 
 
 class Hooks(Callback):

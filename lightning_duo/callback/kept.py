@@ -1,14 +1,18 @@
 """The rows that are kept of one dataloader: all, or a sample that needs no more memory."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from lightning_duo.evaluation import BYTES_OF_A_ROW, Tally
 from lightning_duo.logits import Logits
 
 LEVELS = 63  # bits of a key
+NewTally: TypeAlias = Callable[[int], Tally]
+"""Number of classes -> a tally of the forms that are to be measured on all rows."""
 
 
 class Sample(NamedTuple):
@@ -19,6 +23,8 @@ class Sample(NamedTuple):
     probabilities."""
     items: Tensor | None
     """Number of each row's item, shape (R,), int64; None where every row is an item of its own."""
+    tally: Tally | None = None
+    """Of all rows of this process, where those here are a sample of them."""
 
 
 def row_keys(items: Tensor, places: Tensor, *, loader: int, seed: int) -> Tensor:
@@ -82,14 +88,19 @@ class Kept:
 
     At level j a row is kept if its key is among the lowest 1 / 2^j of all keys. So the rows of all
     processes at one level are the same whichever process saw them, and in whatever batches.
+
+    Args:
+        new_tally: Makes the tally that counts all rows, once some are not kept; None for no tally.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, new_tally: NewTally | None = None) -> None:
         self._chunks: list[_Chunk] = []
+        self._new_tally = new_tally
+        self._tally: Tally | None = None
         self.level = 0
         """At 0 all rows are kept."""
         self.size = 0
-        """Bytes of the kept rows."""
+        """Bytes of the kept rows, and of what will be said of them."""
         self.rows = 0
         """How many rows are kept."""
         self.several = False
@@ -103,7 +114,10 @@ class Kept:
             items: Numbers of their items, shape (R,).
             keys: By which rows are kept, from `row_keys`, shape (R,).
         """
-        chunk = _Chunk(*logits, items, keys).where(self._are_kept(keys))
+        chunk = _Chunk(*logits, items, keys)
+        if self.level:
+            self._count(chunk)
+        chunk = chunk.where(self._are_kept(keys))
         self._chunks.append(_Chunk(*map(_alone, chunk)))
         self.size += _size(self._chunks[-1])
         self.rows += len(chunk.keys)
@@ -111,11 +125,23 @@ class Kept:
     def thin(self, level: int) -> None:
         """Keep only rows of a higher level."""
         if level > self.level:
-            self.level = level
+            whole, self.level = not self.level, level
             for i, chunk in enumerate(self._chunks):  # one by one, to need no second copy of all
+                if whole:
+                    self._count(chunk)
                 self._chunks[i] = _Chunk(*map(_alone, chunk.where(self._are_kept(chunk.keys))))
+            if len({chunk.targets.ndim for chunk in self._chunks}) == 1:
+                # Small pieces would leave holes in the memory that large ones do not fit into.
+                self._chunks = [_Chunk(*_joined(self._chunks))]
             self.size = sum(map(_size, self._chunks))
             self.rows = sum(len(chunk.keys) for chunk in self._chunks)
+
+    def _count(self, chunk: _Chunk) -> None:
+        """Add rows, of which some will not be kept, to the tally of all."""
+        if self._new_tally is not None and len(chunk.keys):
+            self._tally = self._tally or self._new_tally(chunk.base.shape[1])
+            members = {"base": chunk.base, "sidekick": chunk.sidekick}
+            self._tally.update(members, chunk.targets, items=chunk.items if self.several else None)
 
     def _are_kept(self, keys: Tensor) -> Tensor:
         # A shift by all 63 bits leaves 0, as if every key were low enough.
@@ -141,7 +167,9 @@ class Kept:
             if soft and not chunk.targets.is_floating_point():
                 chunks[i] = chunk._replace(targets=_one_hot(chunk.targets, num_classes))
         base, sidekick, targets, items, _ = _joined(chunks)
-        return Sample(Logits(base, sidekick, targets), items if several else None)
+        if self.level and self._new_tally is not None:  # so in every process
+            self._tally = self._tally or self._new_tally(num_classes)
+        return Sample(Logits(base, sidekick, targets), items if several else None, self._tally)
 
 
 def _joined(chunks: list[_Chunk]) -> list[Tensor]:
@@ -169,4 +197,4 @@ def _alone(x: Tensor) -> Tensor:
 
 
 def _size(chunk: _Chunk) -> int:
-    return sum(column.nbytes for column in chunk)
+    return sum(column.nbytes for column in chunk) + len(chunk.keys) * BYTES_OF_A_ROW

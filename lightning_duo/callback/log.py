@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_duo.callback.options import FORMS
 from lightning_duo.callback.run import Run
 from lightning_duo.evaluation import MEASURES, Predictions, measure, measure_accepted
-from lightning_duo.report import log_figures
+from lightning_duo.report import MEASURED, SEEN, log_figures
 from lightning_duo.selective import Threshold
 
 _T = TypeVar("_T")
@@ -24,6 +24,30 @@ def stage_name(stage: str, loader: int) -> str:
 def without(kept: dict[str, _T], stage: str) -> dict[str, _T]:
     """What is kept of all stages but this one and its further dataloaders."""
     return {name: found for name, found in kept.items() if name.partition("/")[0] != stage}
+
+
+class Judged(NamedTuple):
+    """What the forms say of the decisions of a loader."""
+
+    predictions: dict[str, Predictions]
+    """Of those that are kept."""
+    seen: int
+    """How many there are."""
+    of_all: Mapping[str, Mapping[str, float]]
+    """Form -> metric -> value of what is measured on all of them, where only a sample is kept."""
+
+    def results(self, threshold: Threshold | None) -> dict[str, dict[str, float]]:
+        """Form -> metric -> value; of a sample also of how many decisions out of how many."""
+        results = {form: measure(predicted) for form, predicted in self.predictions.items()}
+        if threshold is not None:
+            results["duo"] |= measure_accepted(self.predictions["duo"], threshold)
+        kept = len(self.predictions["duo"].targets)
+        if kept < self.seen:
+            for form, row in results.items():
+                whole = self.of_all.get(form)
+                row |= whole or {}
+                row |= {MEASURED: kept if whole is None else self.seen, SEEN: self.seen}
+        return results
 
 
 @dataclass(frozen=True)
@@ -43,16 +67,12 @@ class MetricLog:
         name = self.run.options.prefix + name
         self.module.log(name, value, sync_dist=several, add_dataloader_idx=False)
 
-    def measure(
-        self, predictions: Mapping[int, dict[str, Predictions]], threshold: Threshold | None
-    ) -> None:
+    def measure(self, judged: Mapping[int, Judged], threshold: Threshold | None) -> None:
         """Measure and log what all forms say of each loader, and keep it in the run."""
         run = self.run
-        hidden = set(MEASURES) - set(run.options.metrics)
-        for loader, found in predictions.items():
-            results = {form: measure(predicted) for form, predicted in found.items()}
-            if threshold is not None:
-                results["duo"] |= measure_accepted(found["duo"], threshold)
+        hidden = {*MEASURES, MEASURED, SEEN} - set(run.options.metrics)
+        for loader, of_loader in judged.items():
+            found, results = of_loader.predictions, of_loader.results(threshold)
             stage = stage_name(self.stage, loader)
             suffix = stage.removeprefix(self.stage)
             for form in FORMS:

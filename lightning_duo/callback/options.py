@@ -23,7 +23,7 @@ OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]
 MetricNames: TypeAlias = Literal["all"] | Sequence[str]
 
-MEMORY = 10**9  # bytes of rows that a validation keeps, over all processes
+MEMORY = 10**9  # bytes of rows that a validation keeps and judges, over all processes
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc", "sac98")  # logged by default
 FORMS = ("base", "base_scaled", "sidekick", "duo")  # whose metrics are logged
 
@@ -121,9 +121,14 @@ class Options:
             return None if given is None else repr(given)
         return str(getattr(given, "__qualname__", type(given)))
 
-    def measured_names(self) -> list[str]:
-        """Names of what a validation logs for each dataloader, without prefix."""
-        names = [f"{form}/val_{metric}" for form in FORMS for metric in self.metrics]
+    def measured_names(self, *, several: bool = True) -> list[str]:
+        """Names of what a validation logs for each dataloader, without prefix.
+
+        Args:
+            several: Whether items have several decisions.
+        """
+        metrics = [name for name in self.metrics if several or not MEASURES[name].needs_items]
+        names = [f"{form}/val_{metric}" for form in FORMS for metric in metrics]
         if self.target_accuracy is not None:
             names += ["duo/val_coverage", "duo/val_selective_accuracy"]
         return names

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_duo.callback.items import Draws, Origins
-from lightning_duo.callback.kept import LEVELS, Kept, Sample, row_keys
+from lightning_duo.callback.kept import LEVELS, Kept, NewTally, Sample, row_keys
 from lightning_duo.callback.options import MEMORY
 from lightning_duo.callback.processes import Group
 from lightning_duo.logits import Logits
@@ -47,13 +47,22 @@ class Collected:
     Args:
         loaders: A dataloader, or a collection of them, as the Trainer has them.
         group: The processes.
-        memory: Bytes for the rows that are kept, of all processes together.
+        memory: Bytes for the rows that are kept and for what will be said of them, of all processes
+            together.
         seed: Of the sample of rows.
+        new_tally: Makes the tallies of all rows, of loaders of which only a sample is kept.
     """
 
     def __init__(
-        self, loaders: Any, group: Group | None = None, *, memory: int = MEMORY, seed: int = 0
+        self,
+        loaders: Any,
+        group: Group | None = None,
+        *,
+        memory: int = MEMORY,
+        seed: int = 0,
+        new_tally: NewTally | None = None,
     ) -> None:
+        self._new_tally = new_tally
         self._group, self._memory, self._seed = group or Group(), memory, seed
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "sequential")
@@ -72,7 +81,7 @@ class Collected:
         """Keep the rows of the next batch, or a sample of them; for arguments see `own`."""
         logits, origins = self._own(logits, loader, items, part)
         keys = row_keys(origins.items, origins.places, loader=loader, seed=self._seed)
-        kept = self._kept.setdefault(loader, Kept())
+        kept = self._kept.setdefault(loader, Kept(self._new_tally))
         kept.several |= bool((origins.places > 0).any())
         kept.add(logits, origins.items, keys)
         self._make_room()
@@ -148,7 +157,7 @@ class Collected:
             count: Number of loaders.
             num_classes: K.
         """
-        every = [self._kept.setdefault(loader, Kept()) for loader in range(count)]
+        every = [self._kept.setdefault(loader, Kept(self._new_tally)) for loader in range(count)]
         local = [[kept.level, kept.soft, kept.several, self._full] for kept in every]
         agreed = self._group.largest(torch.tensor(local).long()).tolist()
         full = any(row[-1] for row in agreed)

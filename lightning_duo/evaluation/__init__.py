@@ -1,7 +1,14 @@
 """Base, sidekick, duo and anything beside them, measured on the same samples."""
 
-from lightning_duo.evaluation.duo import DuoMetrics, evaluate
-from lightning_duo.evaluation.forms import Form, Weighted, duo_forms, judge, mean_probability
+from lightning_duo.evaluation.duo import BYTES_OF_A_ROW, DuoMetrics, evaluate
+from lightning_duo.evaluation.forms import (
+    Form,
+    Weighted,
+    duo_forms,
+    judge,
+    mean_probability,
+    single_forms,
+)
 from lightning_duo.evaluation.measures import (
     HIGHER_IS_BETTER,
     MEASURES,
@@ -10,14 +17,17 @@ from lightning_duo.evaluation.measures import (
     measure_accepted,
 )
 from lightning_duo.evaluation.predictions import Predictions
+from lightning_duo.evaluation.tally import Tally
 
 __all__ = [
+    "BYTES_OF_A_ROW",
     "HIGHER_IS_BETTER",
     "MEASURES",
     "DuoMetrics",
     "Form",
     "Measure",
     "Predictions",
+    "Tally",
     "Weighted",
     "duo_forms",
     "evaluate",
@@ -25,4 +35,5 @@ __all__ = [
     "mean_probability",
     "measure",
     "measure_accepted",
+    "single_forms",
 ]

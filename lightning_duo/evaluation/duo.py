@@ -24,6 +24,9 @@ COLUMNS = {
     "nll": torch.float64,
     "brier": torch.float32,
 }
+# What a row takes when the seven forms of a duo are judged and measured: the columns, predictions
+# once more in int64, target and item, and about 64 bytes to rank one form after the other.
+BYTES_OF_A_ROW = len(LABELS) * (sum(dtype.itemsize for dtype in COLUMNS.values()) + 8) + 16 + 64
 ROWS = 1 << 18  # of a batch that are judged at a time, as what is said of them takes memory
 
 
@@ -198,10 +201,16 @@ class DuoMetrics(Metric):
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             return {form: found.cpu() for form, found in self._by_form().items()}
 
+    def _joined(self, name: str) -> Tensor:
+        """All batches of a column in one, which takes their place, so that none is there twice."""
+        joined = dim_zero_cat(getattr(self, name))
+        setattr(self, name, [joined])
+        return joined
+
     def _by_form(self) -> dict[str, Predictions]:
-        columns = {name: dim_zero_cat(getattr(self, name)) for name in COLUMNS}
+        columns = {name: self._joined(name) for name in COLUMNS}
         columns["prediction"] = columns["prediction"].long()
-        targets, items = dim_zero_cat(self.targets), dim_zero_cat(self.items)
+        targets, items = self._joined("targets"), self._joined("items")
         if len(items) not in (0, len(targets)):
             raise ValueError(
                 f"{len(items)} of {len(targets)} rows came with the number of their item; pass "

@@ -16,7 +16,7 @@ from lightning_duo.temperature import UNWEIGHTED, TemperatureFit
 from lightning_duo_kernels import duo_head
 from lightning_duo_kernels.head import HeadOutput
 
-CHUNK_LOGITS = 1 << 22  # whose probabilities are held at a time
+CHUNK_LOGITS = 1 << 18  # that are judged at a time: in float64 they stay in the cache
 
 # What ranks the samples, higher is surer, shape (N,): of the logits (N, K) and what the head says.
 SCORES: dict[str, Callable[[Tensor, HeadOutput], Tensor]] = {
@@ -131,6 +131,13 @@ def duo_forms(fit: TemperatureFit) -> dict[str, Form]:
             LABELS[name], members, Weighted(each), predicts="base" if name == "uq_only" else None
         )
         for name, (members, each) in weights.items()
+    }
+
+
+def single_forms() -> dict[str, Form]:
+    """The two of `duo_forms` that no fit is needed for: ``base`` and ``sidekick`` as they are."""
+    return {
+        name: Form(LABELS[name], {name: 1.0}, Weighted((1.0,))) for name in ("base", "sidekick")
     }
 
 

@@ -2,86 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from lightning_duo.evaluation.judged import BINS, Judged, Sums
 from lightning_duo.evaluation.predictions import Predictions
 from lightning_duo.selective import Threshold, ranking
-from lightning_duo.selective.calibration import calibration_bins
 
-BINS = 15  # of the confidence
 ACCURACY_98 = ranking.fraction(0.98, "accuracy")
 TPR_95 = ranking.fraction(0.95, "tpr")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """N judged samples, and R rows of weights that say how often each of them counts.
-
-    The samples themselves are one row of ones; R resamples of a bootstrap are R rows. All that a
-    measure needs comes from here, so that a measure is one formula for both.
-    """
-
-    predictions: Predictions
-    """What was said of the samples."""
-    ranked: ranking.Ranking
-    """The samples by score, surest first."""
-    weights: Tensor
-    """How often each sample counts, shape (R, N), int32."""
-    items: Tensor | None
-    """Item of each sample, numbered from 0, shape (N,); None where each has one sample."""
-
-    @classmethod
-    def once(cls, predictions: Predictions) -> "Judged":
-        """Every sample counts once, R = 1.
-
-        Raises:
-            ValueError: If there is no sample, a score is NaN, or a confidence no probability.
-        """
-        if not len(predictions.targets):
-            raise ValueError("there are no samples to measure")
-        confidence = predictions.confidence
-        if not ((confidence >= 0) & (confidence <= 1)).all():
-            raise ValueError(
-                "expected confidences as probabilities in [0, 1], got "
-                f"{confidence.min():g} to {confidence.max():g}"
-            )
-        weights = torch.ones_like(predictions.targets, dtype=torch.int32)[None]
-        ranked = ranking.rank(predictions.score, predictions.correct)
-        return cls(predictions, ranked, weights, predictions.several_of_an_item())
-
-    def counted(self, weights: Tensor) -> "Judged":
-        """The same samples with other weights, shape (R, N); nothing is sorted anew."""
-        return replace(self, weights=weights)
-
-    @cached_property
-    def counts(self) -> ranking.Counts:
-        """Samples and errors down to each score, shapes (R, G)."""
-        return self.ranked.recount(self.weights, ~self.predictions.correct)
-
-    @property
-    def total(self) -> Tensor:
-        """Number of samples, shape (R,)."""
-        return self.counts.total
-
-    @cached_property
-    def risk(self) -> Tensor:
-        """Error rate averaged over all coverages, shape (R,)."""
-        return ranking.mean_risk(self.counts)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean of one value a sample (N,): shape (R,), float64."""
-        return (self.weights * values.double()).sum(1) / self.total
-
-    def sums(self, values: Tensor, group: Tensor, groups: int) -> Tensor:
-        """Sums of one value a sample (N,) over each of the groups (N,): shape (R, groups)."""
-        weighted = self.weights * values
-        sums = weighted.new_zeros(len(weighted), groups)
-        return sums.index_add_(1, group, weighted)
 
 
 @dataclass(frozen=True)
@@ -93,7 +24,7 @@ class Measure:
     meaning: str
     """What it is, in a few words, without its unit."""
     higher_is_better: bool
-    of: Callable[[Judged], Tensor]
+    of: Callable[[Judged], Tensor] | Callable[[Sums], Tensor]
     """The formula: value for each row of weights, shape (R,), float64; NaN where it is undefined.
     """
     factor: float = 100
@@ -108,6 +39,8 @@ class Measure:
     """Whether the table in the terminal, of 80 columns, has it."""
     needs_items: bool = False
     """Whether it is left out where no item has several decisions."""
+    needs_samples: bool = False
+    """Whether the formula takes more of `Judged` than `Sums` has. A `Tally` leaves it out."""
 
     @property
     def arrow(self) -> str:
@@ -135,33 +68,12 @@ class Measure:
         return {model for model, value in defined.items() if value == top}
 
 
-def _f1(judged: Judged) -> Tensor:
+def _f1(judged: Sums) -> Tensor:
     """Mean F1 over the classes that occur as target or prediction."""
-    found = judged.predictions
-    targets, prediction, classes = found.targets, found.prediction, found.num_classes
-    once = torch.ones_like(targets, dtype=torch.int32)
-    right = judged.sums(found.correct, targets, classes)
-    either = judged.sums(once, targets, classes) + judged.sums(once, prediction, classes)
+    right, targets, predicted = judged.classes
+    either = targets + predicted
     f1 = 2 * right / either.clamp(min=1).double()
     return f1.sum(1) / (either > 0).sum(1)
-
-
-def _ece(judged: Judged) -> Tensor:
-    found = judged.predictions
-    gaps = found.confidence.double() - found.correct.double()
-    bins = calibration_bins(found.confidence, BINS)
-    return judged.sums(gaps, bins, BINS).abs().sum(1) / judged.total
-
-
-def _exact(judged: Judged) -> Tensor:
-    """Of items: each of their rows counts as its share of the item."""
-    assert judged.items is not None
-    right, items = judged.predictions.correct, judged.items
-    all_right = torch.ones(int(items.max()) + 1, device=items.device).index_fill_(
-        0, items[~right], 0.0
-    )
-    share = items.bincount().double().reciprocal()[items]
-    return judged.mean(all_right[items] * share) / judged.mean(share)
 
 
 MEASURES: dict[str, Measure] = {
@@ -169,14 +81,14 @@ MEASURES: dict[str, Measure] = {
         "acc",
         "share of right predictions",
         True,
-        lambda judged: judged.mean(judged.predictions.correct),
+        lambda judged: judged.accuracy,
     ),
     "f1": Measure("F1", "mean F1 over the classes", True, _f1, interval="basic"),
     "nll": Measure(
         "NLL",
         "negative log-likelihood",
         False,
-        lambda judged: judged.mean(judged.predictions.nll),
+        lambda judged: judged.nll,
         factor=1,
         digits=3,
         unit="nats",
@@ -185,7 +97,7 @@ MEASURES: dict[str, Measure] = {
         "Brier",
         "squared error of the probabilities, summed over classes",
         False,
-        lambda judged: judged.mean(judged.predictions.brier),
+        lambda judged: judged.brier,
         factor=1,
         digits=3,
         unit="",
@@ -194,7 +106,7 @@ MEASURES: dict[str, Measure] = {
         "ECE",
         f"gap between confidence and accuracy in {BINS} bins",
         False,
-        _ece,
+        lambda judged: judged.gaps.abs().sum(1) / judged.total,
         interval="basic",
     ),
     "auroc": Measure(
@@ -243,7 +155,7 @@ MEASURES: dict[str, Measure] = {
         "exact",
         "share of items with every decision right",
         True,
-        _exact,
+        lambda judged: judged.exact,
         summary=False,
         needs_items=True,
     ),
@@ -282,7 +194,10 @@ def measure(predictions: Predictions) -> dict[str, float]:
 def measure_accepted(duo: Predictions, threshold: Threshold) -> dict[str, float]:
     """``coverage`` and ``selective_accuracy`` (NaN if nothing is accepted) at a threshold."""
     accepted = duo.confidence >= threshold.value
-    return {
-        "coverage": float(accepted.double().mean()),
-        "selective_accuracy": float(duo.correct[accepted].double().mean()),
-    }
+    return accepted_measures(len(accepted), int(accepted.sum()), int(duo.correct[accepted].sum()))
+
+
+def accepted_measures(count: float, accepted: float, right: float) -> dict[str, float]:
+    """``coverage`` and ``selective_accuracy`` (NaN if nothing is accepted) of so many samples."""
+    accuracy = right / accepted if accepted else math.nan
+    return {"coverage": accepted / count, "selective_accuracy": accuracy}

@@ -8,9 +8,11 @@ from lightning_duo.report.figures import (
     risk_coverage_figure,
 )
 from lightning_duo.report.page import write_report
-from lightning_duo.report.terminal import print_summary, summary_table
+from lightning_duo.report.terminal import MEASURED, SEEN, print_summary, summary_table
 
 __all__ = [
+    "MEASURED",
+    "SEEN",
     "check_matplotlib",
     "confidence_figure",
     "log_figures",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_duo.evaluation import Predictions
 from lightning_duo.evaluation.forms import LABELS
-from lightning_duo.evaluation.measures import BINS
+from lightning_duo.evaluation.judged import BINS
 from lightning_duo.report.looks import COLORS, looks
 from lightning_duo.selective import aurc, expected_calibration_error, risk_coverage_curve
 from lightning_duo.selective.calibration import calibration_bins

@@ -39,6 +39,8 @@ def write_report(
     held_out: bool,
     cost: Cost | None = None,
     resamples: int | None = None,
+    seen: int | None = None,
+    seen_by_fit: int | None = None,
 ) -> Path:
     """Write a report on a duo as one HTML file, which opens offline.
 
@@ -56,6 +58,8 @@ def write_report(
         held_out: Whether these are other samples than those the temperatures were fitted on.
         cost: FLOPs and parameters of base and sidekick, if known.
         resamples: Of the bootstrap; by default 1000, above 50 000 samples fewer, but at least 100.
+        seen: How many decisions there were, if these are a random sample of them.
+        seen_by_fit: How many there were when a random sample of them fitted the temperatures.
 
     Returns:
         The path.
@@ -80,6 +84,9 @@ def write_report(
         held_out=held_out,
         today=date.today().isoformat(),
         samples=len(shown["duo"].targets),
+        seen=seen,
+        fitted=calibration.samples,
+        seen_by_fit=seen_by_fit,
         resamples=resamples,
         drawn="items, each with all of its samples" if dependent else "samples",
         names={form: label(shown, form) for form in shown},

@@ -12,6 +12,10 @@ from lightning_duo.temperature import TemperatureFit
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Beside the metrics of a model, where only a sample of the decisions is kept: on how many it was
+# measured, and how many there were.
+MEASURED, SEEN = "measured", "seen"
+
 
 def summary_table(
     results: Mapping[str, Mapping[str, float]],
@@ -80,6 +84,25 @@ def threshold_sentence(calibration: Calibration) -> str:
     )
 
 
+def sample_sentence(results: Mapping[str, Mapping[str, float]], calibration: Calibration) -> str:
+    """What is from a sample of the decisions, and from how many; empty if they were all kept.
+
+    Args:
+        results: Model -> metric -> value.
+        calibration: What was fitted.
+    """
+    if SEEN not in results["duo"]:
+        return ""
+    measured, seen = (int(results["duo"][name]) for name in (MEASURED, SEEN))
+    whole = [LABELS.get(name, name) for name, row in results.items() if row[MEASURED] == seen]
+    others = f" {' and '.join(whole).capitalize()} are measured on all." if whole else ""
+    fitted = " and its temperatures are fitted" if calibration.samples == measured else ""
+    return (
+        f"The duo is measured{fitted} on {measured:,} of {seen:,} decisions, a random sample."
+        f"{others}"
+    )
+
+
 def gain_sentence(
     results: Mapping[str, Mapping[str, float]], fit: TemperatureFit, balance: float | None
 ) -> str:
@@ -130,8 +153,9 @@ def print_summary(
     console = get_console()
     console.print(summary_table(results, calibration.fit, data=data, balance=balance))
     console.print(gain_sentence(results, calibration.fit, balance), highlight=False)
-    if sentence := threshold_sentence(calibration):
-        console.print(sentence, highlight=False)
+    for sentence in (sample_sentence(results, calibration), threshold_sentence(calibration)):
+        if sentence:
+            console.print(sentence, highlight=False)
     duo = results["duo"]
     if duo.get("coverage"):
         console.print(

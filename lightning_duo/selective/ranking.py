@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EULER = 0.5772156649015329  # H(n) = digamma(n + 1) + this
+
 
 class Counts(NamedTuple):
     """What is accepted down to the end of each of G groups of equal confidence, surest first."""
@@ -109,7 +111,7 @@ def mean_risk(counts: Counts) -> Tensor:
     """
     accepted, errors = _shifted(counts.accepted), _shifted(counts.errors)
     size, wrong = counts.accepted - accepted, counts.errors - errors
-    harmonic = _harmonic(counts)[counts.accepted]
+    harmonic = _harmonic(counts.accepted, counts)
     reciprocals = harmonic - _shifted(harmonic)
     level = errors - accepted * (wrong / size.clamp(min=1).double())
     return (wrong + level * reciprocals).sum(-1) / counts.total
@@ -118,8 +120,8 @@ def mean_risk(counts: Counts) -> Tensor:
 def oracle_risk(counts: Counts) -> Tensor:
     """Mean error rate over the coverages if all right samples came first, shape (...), float64."""
     right = counts.total - counts.wrong
-    table = _harmonic(counts)
-    return (counts.wrong - right * (table[counts.total] - table[right])) / counts.total
+    tail = _harmonic(counts.total, counts) - _harmonic(right, counts)
+    return (counts.wrong - right * tail) / counts.total
 
 
 def mean_undetected(counts: Counts) -> Tensor:
@@ -194,10 +196,17 @@ def _shifted(cumulative: Tensor) -> Tensor:
     return torch.nn.functional.pad(cumulative[..., :-1], (1, 0))
 
 
-def _harmonic(counts: Counts) -> Tensor:
-    """Harmonic numbers H(0), H(1), ... up to the number of samples, float64."""
-    steps = torch.arange(1, int(counts.total.max()) + 1, device=counts.accepted.device)
-    return torch.nn.functional.pad(steps.double().reciprocal().cumsum(0), (1, 0))
+def _harmonic(numbers: Tensor, counts: Counts) -> Tensor:
+    """Harmonic numbers H(n) of up to as many as there are samples, float64.
+
+    From a table of all; where there are far fewer groups than samples, from the digamma function,
+    as the table would take more time and memory than all the rest.
+    """
+    most = int(counts.total.max())
+    if 8 * counts.accepted.numel() < most:
+        return torch.digamma(numbers.double() + 1) + EULER
+    steps = torch.arange(1, most + 1, device=numbers.device)
+    return torch.nn.functional.pad(steps.double().reciprocal().cumsum(0), (1, 0))[numbers]
 
 
 def like(confidence: Tensor, value: Tensor) -> Tensor:

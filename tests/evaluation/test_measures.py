@@ -26,7 +26,7 @@ from lightning_duo.evaluation import (
     evaluate,
     measure,
 )
-from lightning_duo.evaluation.measures import Judged
+from lightning_duo.evaluation.judged import Judged
 from lightning_duo.report import summary_table, write_report
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
