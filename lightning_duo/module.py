@@ -78,6 +78,9 @@ class DuoModule(nn.Module):
     Source: Asymmetric Duos, Sec. 3.1.
     """
 
+    cannot_export: str = ""
+    """Why a duo of this class runs in Python only, with what to do; empty if it can be exported."""
+
     temperatures: Tensor
     threshold: Tensor
     task: Task = Classes()  # here too for what earlier versions pickled

@@ -127,9 +127,22 @@ def without(value: Any, path: Path) -> Any:
     return inner
 
 
-def path_text(path: Path) -> str:
-    """A path as Python would write it behind a name."""
-    texts = (f".{k}" if isinstance(k, str) and k.isidentifier() else f"[{k!r}]" for k in path)
+def path_text(path: Path, of: Any = None) -> str:
+    """A path as Python would write it behind a name.
+
+    Args:
+        path: The path.
+        of: What it leads into, whose mappings are written with brackets.
+
+    Example:
+        >>> path_text(("images", 0)), path_text(("images", 0), {"images": [1]})
+        ('.images[0]', "['images'][0]")
+    """
+    texts = []
+    for key in path:
+        attribute = isinstance(key, str) and key.isidentifier() and not isinstance(of, Mapping)
+        texts.append(f".{key}" if attribute else f"[{key!r}]")
+        of = None if of is None else at(of, (key,))
     return "".join(texts)
 
 

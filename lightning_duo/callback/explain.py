@@ -99,7 +99,7 @@ def _of_a_module(
     ]
     told, every = every, [one for one in every if one.piece.targets is not None] or every
     if seen.by == "hand":
-        every = _only_one(every)
+        every = _only_one(every, taken)
     first = every[0]
     called, task = first.match.called, first.task
     mine = [one for one in seen.calls if one.name == called.name]
@@ -136,7 +136,7 @@ def _of_a_module(
     return reading, examples
 
 
-def _only_one(every: list[Target]) -> list[Target]:
+def _only_one(every: list[Target], taken: Taken) -> list[Target]:
     """The targets of a loss that a step writes out itself, which may use them several times.
 
     Raises:
@@ -144,7 +144,7 @@ def _only_one(every: list[Target]) -> list[Target]:
     """
     paths = {one.piece.targets for one in every}
     if len(paths) > 1:
-        texts = " and ".join(sorted(f"batch{path_text(path or ())}" for path in paths))
+        texts = " and ".join(sorted(f"batch{path_text(path or (), taken.batch)}" for path in paths))
         raise LookupError(f"the step's own loss picks its probabilities by {texts}")
     return every[:1]
 

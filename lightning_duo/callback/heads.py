@@ -100,8 +100,8 @@ def check_head(reading: Reading, other: Reading, example: Example, taken: Taken)
         fits = False
     if fits:
         raise AnotherHead(
-            f"its loss is of batch{path_text(mine)}, that of other steps of batch"
-            f"{path_text(theirs)}"
+            f"its loss is of batch{path_text(mine, taken.batch)}, that of other steps of batch"
+            f"{path_text(theirs, taken.batch)}"
         )
 
 
@@ -154,7 +154,8 @@ def _names(losses: Sequence[Found], seen: Seen, taken: Taken) -> list[str]:
                 names += [called.name, called.name.rpartition(".")[2]]
         paths.insert(0, match.at)
     for path in paths:
-        names += [path_text(path), path_text(path).strip(".[]'")] if path else []
+        plain = path_text(path).strip(".[]'") if path else ""
+        names += [plain, path_text(path)] if path else []
     return [name for name in dict.fromkeys(names) if name]
 
 

@@ -72,7 +72,7 @@ class Piece:
         found = fitted(at(batch, self.targets), logits, task, self.spread)
         if found is None:
             raise LookupError(
-                f"the targets batch{path_text(self.targets)} do not fit the logits "
+                f"the targets batch{path_text(self.targets, batch)} do not fit the logits "
                 f"{tuple(logits.shape)}"
             )
         if self.offset:
@@ -231,7 +231,7 @@ class Reading:
         def said(where: Path, value: Any) -> str:
             path = parts.get(where, taken.path_of(value))
             if path is not None:
-                return f"batch{path_text(path)}"
+                return f"batch{path_text(path, taken.batch)}"
             if is_plain(value):
                 return repr(value)
             kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
@@ -240,9 +240,8 @@ class Reading:
         texts = [said(("args", i), value) for i, value in enumerate(call.args)]
         texts += [f"{key}={said(('kwargs', key), value)}" for key, value in call.kwargs.items()]
         where = path_text(self.logits_at) if self.logits_at else ""
-        found = sorted(
-            {f"batch{path_text(p.targets)}" for p in self.pieces if p.targets is not None}
-        )
+        paths = {piece.targets for piece in self.pieces if piece.targets is not None}
+        found = sorted(f"batch{path_text(path, taken.batch)}" for path in paths)
         targets = ", ".join(found) or "as the step makes them"
         if self.whole:
             return f"base: the step itself, from {self.name}(...); targets: {targets}"

@@ -44,9 +44,12 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call, lineage: 
                     f"contrastive loss?); {SUPPORTED}; {REMEDY}"
                 )
         if loss.kind != "classes" and piece.targets is not None:
-            if bool(((y != 0) & (y != 1) & ~y.isnan()).any()):
+            others = y[(y != 0) & (y != 1) & ~y.isnan()]
+            if len(others):
                 raise ValueError(
-                    "the step's targets are no 0 and 1 (a regression, or a reconstruction?); "
+                    f"the step's targets are no 0 and 1 but {float(others[0]):g}, say (a "
+                    "regression, or a reconstruction? Labels such as 1 and 2 must become 0 and 1 "
+                    "first); "
                     f"{SUPPORTED}; {REMEDY}"
                 )
     constants = [

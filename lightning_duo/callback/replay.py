@@ -59,16 +59,24 @@ class StepLogits(nn.Module):
     @override
     def forward(self, batch: Any) -> Tensor:
         mode = _Until(self._is_wanted, self.reading.pieces[0].number)
-        batch = self._with_every_target(batch)
         step = self.module.validation_step
         names = inspect.signature(step).parameters
         rest = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in names}
         positional = [0] if len(names) > 1 and not rest else []
         try:
+            batch = self._with_every_target(batch)
             with unnoticed(self.module), mode:
                 returned = plain_logits(step(batch, *positional, **rest))
         except _LossReached:
             return mode.losses[-1].logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's step may raise
+            raise ValueError(
+                f"the validation step of {type(self.module).__name__}, the base of this duo, fails "
+                f"on this batch ({type(error).__name__}: {error}); give it a batch as in "
+                "validation, with any labels"
+            ) from error
         of_metrics = [loss for loss in mode.of_metrics if self._is_wanted(loss)]
         if returned is not None or len(of_metrics) > mode.left:
             return of_metrics[mode.left].logits if returned is None else returned
@@ -101,6 +109,12 @@ class StepLogits(nn.Module):
 
 class StepDuo(DuoModule):
     """A duo that takes a batch, since only the base's step makes its logits of it."""
+
+    cannot_export = (
+        "the base of this duo is the validation step of your module, which runs in Python only; "
+        "write its logits as a function and export DuoModule(LogitsOf(logits_fn, model), sidekick, "
+        "temperatures), all three of lightning_duo"
+    )
 
     @override
     def member_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

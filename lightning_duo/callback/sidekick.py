@@ -200,8 +200,8 @@ class Sidekick:
         check_model(model, trained=False)
         if options.num_classes is None and not isinstance(options.sidekick, nn.Module):
             messages.info(
-                f"sidekick {options.sidekick_name!r} has {num_classes} "
-                f"output{'s'[: num_classes != 1]}, as many as the base"
+                f"sidekick {options.sidekick_name!r} is built for {num_classes} "
+                f"output{'s'[: num_classes != 1]}, as many as the base has"
             )
         for problem in check_tokens(base, model):
             messages.warn(problem)

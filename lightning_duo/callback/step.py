@@ -204,7 +204,8 @@ class Step:
         said = reading.text(examples[0].call, self.taken)
         self.messages.info(said, once=said)
         if reading.others:
-            others = ", ".join(sorted(f"batch{path_text(path)}" for path in reading.others))
+            texts = {f"batch{path_text(path, self.taken.batch)}" for path in reading.others}
+            others = ", ".join(sorted(texts))
             self.messages.info(
                 f"the step makes its logits of {others} too, which the sidekick, called as "
                 f"{reading.name} is, does not see; to give it more, pass batch_fn=lambda batch: "

@@ -146,6 +146,8 @@ _WRITERS: dict[str, Callable[[DuoModule, ExportedProgram, Path, Inputs, str], No
 def _check(module: DuoModule, path: Path, format: str) -> None:
     if not isinstance(module, DuoModule):
         raise TypeError(f"export_duo exports a DuoModule, got {type(module).__name__}")
+    if module.cannot_export:
+        raise ValueError(module.cannot_export)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if path.suffix != SUFFIX[format]:

@@ -113,6 +113,11 @@ def gain_sentence(
         fit: The temperatures.
         balance: FLOPs balance, or None if it is not known.
     """
+    if not any(fit.temperatures):
+        return (
+            "Neither model tells anything about these samples (both temperatures are 0): the duo "
+            "calls every answer as likely as any other."
+        )
     if not fit.temperatures.sidekick:
         return (
             "The sidekick adds nothing here (its temperature is 0): the duo is the scaled base. "

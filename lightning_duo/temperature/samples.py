@@ -95,7 +95,9 @@ def check_samples(
             where = f"first rows {first}" if first else "in another process"
             raise ValueError(f"{number} of {count} samples have {problem} ({where})")
     if not count:
-        raise ValueError("a duo needs at least one sample to fit or measure, got none")
+        raise ValueError(
+            "a duo needs at least one sample to fit or measure, got none (are all targets ignored?)"
+        )
     return Samples(count, masks > 0, wide > 0)
 
 

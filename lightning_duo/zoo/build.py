@@ -57,7 +57,14 @@ def build_sidekick(
     if isinstance(source, nn.Module):
         return source
     if not isinstance(source, str):
-        model = _call(source, num_classes)
+        try:
+            model = _call(source, num_classes)
+        except TypeError as error:
+            name = getattr(source, "__name__", type(source).__name__)
+            raise TypeError(
+                f"the sidekick {name} is called with the number of outputs, {num_classes}, and "
+                f"fails ({error}); pass a function num_classes -> nn.Module, or a module"
+            ) from error
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the sidekick callable must return an nn.Module, got {type(model).__name__}"

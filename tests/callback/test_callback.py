@@ -229,7 +229,7 @@ def test_wrong_number_of_classes_is_found_before_training() -> None:
 
     with pytest.raises(ValueError, match=r"\(16, 5\).*\(16, 4\)"):
         fitted(make_duo(small_net(5)), Count())
-    with pytest.raises(ValueError, match=r"DuoCallback\(.*num_classes=4"):
+    with pytest.raises(ValueError, match=r"leave num_classes out of DuoCallback"):
         fitted(make_duo(num_classes=5), Count())
     assert not epochs
 

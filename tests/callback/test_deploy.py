@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Classifier, as_mapping
-from runs import fitted, make_duo
+from runs import VAL, fitted, make_duo
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_duo import DuoModule, LogitsOf
 from lightning_duo.base import Call
+from lightning_duo.export import export_duo
 
 MODELS = '''
 from torch import nn
@@ -106,3 +108,35 @@ def test_a_sidekick_that_takes_less_than_the_base_is_loaded_elsewhere(
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=False)
     torch.testing.assert_close(tuple(found), tuple(call.of(duo.module)))
+
+
+class Prototypes(Classifier):
+    """Its steps make the logits of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.eye(4))
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]) @ self.prototypes, batch[1])
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+def test_a_duo_of_the_step_names_what_can_be_exported(tmp_path: Path) -> None:
+    duo, module, _ = fitted(make_duo(), Prototypes())
+    x, y = VAL[:3]
+    replayed = duo.module
+    with pytest.raises(ValueError, match=r"DuoModule\(LogitsOf\(logits_fn, model\)"):
+        export_duo(replayed, tmp_path / "duo.pt2", (x, y))
+    with pytest.raises(ValueError, match="give it a batch as in validation"):
+        replayed(x)
+    want = replayed((x, torch.zeros_like(y)))
+    base = LogitsOf(lambda model, x: model.net(x) @ model.prototypes, module.eval())
+    assert duo.fit is not None
+    written = DuoModule(base, duo.sidekick.eval(), duo.fit.temperatures)
+    torch.testing.assert_close(written(x).probs, want.probs)
+    path = export_duo(written, tmp_path / "duo.pt2", x)
+    probs, *_ = torch.export.load(path).module()(x)
+    torch.testing.assert_close(probs, want.probs)

@@ -60,7 +60,7 @@ def test_a_sidekick_has_as_many_outputs_as_the_base(
     data = loader(TensorDataset(x, labels))
     with caplog.at_level("INFO", INFO):
         fitted(make_duo(), Labelled(count), train=data, val=data, max_epochs=1)
-    assert f"sidekick 'small_net' has {said} as many as the base" in caplog.text
+    assert f"sidekick 'small_net' is built for {said} as many as the base has" in caplog.text
 
 
 def test_a_number_of_classes_that_is_not_the_bases_can_be_left_out() -> None:

@@ -95,3 +95,10 @@ def test_images_of_many_channels_are_not_normalised_as_colors() -> None:
     base = nn.Sequential(timm.create_model("tf_efficientnet_lite0", in_chans=13))
     sidekick = build_sidekick(SMALL, 5, pretrained=False, in_chans=13)
     assert input_transform(sidekick, base, images(13)) is None
+
+
+@pytest.mark.parametrize("source", [nn.Linear, lambda: nn.Linear(4, 3)])
+def test_a_function_that_cannot_be_called_is_told_how_it_is(source: object) -> None:
+    with pytest.raises(TypeError, match=r"called with the number of outputs, 3, .* num_classes ->"):
+        build_sidekick(source, 3)
+    assert build_sidekick(lambda outputs: nn.Linear(4, outputs), 3).out_features == 3
