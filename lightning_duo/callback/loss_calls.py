@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_duo.callback.by_hand import LOGARITHMS, SOFT, ByHand, Kind
 from lightning_duo.callback.lineage import Lineage, tensors
+from lightning_duo.callback.terms import Terms
 
 LOSSES: dict[Callable[..., Any], Kind] = {
     F.cross_entropy: "classes",
@@ -24,9 +25,6 @@ LOSSES: dict[Callable[..., Any], Kind] = {
     F.soft_margin_loss: "labels",
     F.binary_cross_entropy: "probabilities",
 }
-PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-REDUCTIONS = (torch.sum, Tensor.sum, torch.mean, Tensor.mean)
-
 
 By: TypeAlias = Literal["step", "metrics", "hand"]
 """Who computes the losses of a step: it by their functions, metrics, or it without functions."""
@@ -43,8 +41,7 @@ class Loss(NamedTuple):
     options: dict[str, Any]
     """Its other arguments by name: weight, label_smoothing, ignore_index, ..."""
     counts: Tensor | None = None
-    """Which of its terms count, if it does not sum them up itself: what the step multiplies them
-    with, or picks of them."""
+    """Which of its terms count, one after the other, if it does not sum them up itself."""
     factors: tuple[Tensor, ...] = ()
     """What a step multiplies with, where a loss of labels is made by hand: among them the
     targets."""
@@ -106,8 +103,7 @@ class LossMode(TorchFunctionMode):
         self.lineage = Lineage(batch if follow else None)
         self.by_hand = ByHand(self.lineage)
         self.of_metrics: list[Loss] = []
-        self._terms: list[Tensor] = []  # what the losses returned
-        self._all_count: set[int] = set()  # losses all of whose terms are summed up
+        self.terms = Terms(self.lineage)
 
     @override
     def __torch_function__(
@@ -126,40 +122,15 @@ class LossMode(TorchFunctionMode):
             if _in_a_metric():
                 self.of_metrics.append(loss)
             else:
+                self.terms.begin(len(self.losses), result, targets)
                 self.note(loss)
-                self._terms.append(result)
-        elif func in PRODUCTS and len(args) == 2:
-            self._note_product(*args)
-            self._note_product(*reversed(args))
-        elif func is Tensor.__getitem__:
-            self._note_part(*args)
-        elif func in REDUCTIONS:
-            self._all_count.update(i for i, terms in enumerate(self._terms) if args[0] is terms)
+        else:
+            self.terms.see(func, args, kwargs, result)
         if self.follow:
             self.lineage.note(func, tensors((args, kwargs)), result)
         if self.follow or func in LOGARITHMS or func in SOFT:
             self.by_hand.see(func, args, kwargs, result)
         return result
-
-    def _note_product(self, one: Any, other: Any) -> None:
-        """Keep what a loss's terms are multiplied with."""
-        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or other.requires_grad:
-            return
-        for i, terms in enumerate(self._terms):
-            if one is terms and terms.ndim and other.shape == terms.shape:
-                self._count(i, other)
-
-    def _note_part(self, whole: Tensor, part: Any) -> None:
-        """Keep what picks of a loss's terms."""
-        for i, terms in enumerate(self._terms):
-            if whole is terms and isinstance(part, Tensor) and part.shape == terms.shape:
-                self._count(i, part)
-
-    def _count(self, number: int, weights: Tensor) -> None:
-        """Note which terms of a loss are weighted or picked, beside those that were before."""
-        before, now = self.losses[number].counts, weights != 0
-        now = now if before is None else now | before
-        self.losses[number] = self.losses[number]._replace(counts=now)
 
     def note(self, loss: Loss) -> None:
         """Keep a loss."""
@@ -173,10 +144,9 @@ class LossMode(TorchFunctionMode):
     def found(self) -> list[Loss]:
         """The losses; where there are none those of metrics, or those probably made by hand."""
         if self.losses:
-            # Terms that are picked here and summed up as a whole there all count.
             return [
-                loss._replace(counts=None) if i in self._all_count else loss
-                for i, loss in enumerate(self.losses)
+                loss._replace(counts=self.terms.counts(number))
+                for number, loss in enumerate(self.losses)
             ]
         return self.of_metrics or [
             Loss(one.kind, one.logits, one.targets, {}, one.counts, tuple(one.factors))

@@ -34,6 +34,7 @@ THEMES = (
     "steps",
     "disguised",
     "traps",
+    "masks",
 )
 for name in THEMES:
     import_module(f"strangers.{name}")
