@@ -1,7 +1,8 @@
 """Losses that a step writes out itself, recognised by what becomes of its probabilities."""
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -30,6 +31,7 @@ ONE_HOT: dict[Callable[..., Any], int] = {
     **dict.fromkeys((torch.scatter, Tensor.scatter, Tensor.scatter_), 2),
 }
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.mul_)
+DIFFERENCES = (torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__)
 FILLS = (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill)
 CHOICES = (torch.where, Tensor.where)
 LAYERS = (
@@ -51,6 +53,8 @@ class Soft(NamedTuple):
     logits: Tensor
     result: Tensor
     number: int = 0
+    bare: tuple[Tensor, ...] = ()
+    """The logits, and probabilities that are no logarithms."""
 
 
 class Candidate(NamedTuple):
@@ -75,6 +79,10 @@ class _Use(NamedTuple):
     by: Tensor
     """Class indices at which they are picked, or factors."""
     picks: bool
+    by_one_hot: bool = False
+    """Whether they are picked by a product with the one-hot form of the indices."""
+    later: bool = False
+    """Whether some were picked of them before."""
 
 
 class ByHand:
@@ -102,7 +110,7 @@ class ByHand:
         """
         if function in SOFT or function in LOGARITHMS:
             if isinstance(result, Tensor) and args:
-                self._note_soft(SOFT.get(function), args[0], result)
+                self._note_soft(function, args[0], result)
         elif function in ONE_HOT:
             indices = _argument(args, kwargs, ONE_HOT[function])
             if isinstance(indices, Tensor) and not self._lineage.is_learnt(indices):
@@ -112,7 +120,10 @@ class ByHand:
             if function is Tensor.__getitem__ and isinstance(indices, tuple):
                 indices = indices[-1]
             if isinstance(indices, Tensor):
-                self._note_use(args[0], indices, picks=indices.dtype != torch.bool)
+                picks = indices.dtype != torch.bool
+                self._note_use(args[0], indices, picks=picks)
+                if picks:
+                    self._lineage.note_picked(result)
         elif function in FILLS and len(args) == 3 and args[2] == 0:
             self._note_use(args[0], ~args[1], picks=False)
         elif function in REGRESSIONS:
@@ -120,6 +131,8 @@ class ByHand:
                 self._spent |= self._lineage.of(tensor).soft
         elif function in PRODUCTS or function in LAYERS or function in CHOICES:
             self._note_factors(function, list(tensors((args, kwargs))), result)
+        elif function in DIFFERENCES:
+            self._note_differences(list(tensors((args, kwargs))))
 
     def found(self) -> Iterator[Candidate]:
         """What may be a loss."""
@@ -128,38 +141,46 @@ class ByHand:
             if kind is None or soft.number in self._spent:
                 continue
             uses = [u for u in self._uses if soft.number in u.soft or u.values is z]
-            picked = [u.by for u in uses if u.picks and _fits(u.by, z)]
+            picked = [u for u in uses if u.picks and _fits(u.by, z)]
             factors = [u.by for u in uses if not u.picks]
+            masks = [u.by for u in uses if not u.picks and (u.later or not picked)]
+            if picked and _opposites(by for by in masks if by.dtype != torch.bool):
+                continue  # what is picked is that of a yes and of a no: censored, say
             if kind == "classes":
-                counts = _counts(factors, z)
-                same = [by.abs() for by in factors if by.shape == z.shape]
-                for targets in picked or [by for by in same if by.is_floating_point()]:
+                counts = _counts(masks, z)
+                rows = [by for by in factors if _are_probabilities(by, z)]
+                for targets in [u.by for u in picked] or map(torch.abs, rows):
                     yield Candidate(kind, z, targets, counts, [])
             elif picked:
-                for indices in picked:
+                for indices in [u.by for u in picked if u.by_one_hot]:
                     yield Candidate(kind, z, _one_hot(indices, z), None, [])
             else:
                 mine = [u for u in uses if u.by.numel() == z.numel()]
                 fewest = min((len(u.soft) for u in mine), default=0)
                 factors = [u.by for u in mine if len(u.soft) == fewest]
-                masks = [u.by.reshape(-1) != 0 for u in mine if len(u.soft) > fewest]
-                counts = torch.stack(masks).all(0) if masks else None
-                if factors:  # what is weighted later holds terms of yes and of no
+                some = [u.by.reshape(-1) != 0 for u in mine if len(u.soft) > fewest]
+                counts = torch.stack(some).all(0) if some else None
+                # What is weighted later holds terms of yes and of no; a mask is there as it is.
+                every = (u.by for u in self._uses if u.by.numel() == z.numel())
+                if _opposites(every) or any(_holds(u.values, soft.bare) for u in mine):
                     yield Candidate(kind, z, None, counts, factors)
 
-    def _note_soft(self, kind: Kind | None, logits: Tensor, result: Tensor) -> None:
+    def _note_soft(self, function: Any, logits: Tensor, result: Tensor) -> None:
+        kind = SOFT.get(function)
         if kind is not None:
             self._count += 1
             self._lineage.note_soft(self._count, result)
-        self.soft.append(Soft(kind, logits, result, self._count if kind else 0))
+        bare = (logits, result.detach().exp() if function is F.logsigmoid else result)
+        self.soft.append(Soft(kind, logits, result, self._count if kind else 0, bare))
 
-    def _note_use(self, values: Any, by: Tensor, *, picks: bool) -> None:
+    def _note_use(self, values: Any, by: Tensor, *, picks: bool, by_one_hot: bool = False) -> None:
         if not isinstance(values, Tensor) or self._lineage.is_learnt(by):
             return
-        numbers = self._lineage.of(values).soft
+        made = self._lineage.of(values)
+        numbers = made.soft
         if picks and len({id(s.logits) for s in self.soft if s.number in numbers}) > 1:
             self._spent |= numbers  # of a mixture nobody has the logits
-        self._uses.append(_Use(values, numbers, by, picks))
+        self._uses.append(_Use(values, numbers, by, picks, by_one_hot, made.picked))
 
     def _note_factors(self, function: Any, given: list[Tensor], result: Any) -> None:
         for tensor in given:
@@ -168,15 +189,33 @@ class ByHand:
                 theirs = self._lineage.of(other)
                 if other is tensor or theirs.soft:
                     continue  # an entropy, perhaps
+                if function in CHOICES and other.dtype != torch.bool:
+                    continue  # what is chosen instead
                 if self._lineage.is_learnt(other) and other.numel() > 1:
                     if numbers and function not in CHOICES:
                         self._spent |= numbers
                         self._lineage.forget_soft(result)
-                elif function not in LAYERS:
+                elif function not in LAYERS or function is torch.einsum:
                     for indices in theirs.picks:
-                        self._note_use(tensor, indices, picks=True)
+                        self._note_use(tensor, indices, picks=True, by_one_hot=True)
+                        self._lineage.note_picked(result)
                     if not theirs.picks:
                         self._note_use(tensor, other, picks=False)
+                        if function in CHOICES and all(
+                            self._lineage.of(x).soft for x in given if x.dtype != torch.bool
+                        ):
+                            self._note_use(tensor, ~other.bool(), picks=False)
+
+    def _note_differences(self, given: list[Tensor]) -> None:
+        """Note from what probabilities differ: labels, or the one-hot form of classes."""
+        for tensor, other in itertools.permutations(given, 2):
+            theirs, numbers = self._lineage.of(other), self._lineage.of(tensor).soft
+            if not numbers or theirs.soft or other.numel() != tensor.numel():
+                continue
+            if any(_holds(tensor, soft.bare) for soft in self.soft if soft.number in numbers):
+                for by in theirs.picks or (other,):
+                    picks = by is not other
+                    self._note_use(tensor, by, picks=picks, by_one_hot=picks)
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int) -> Any:
@@ -191,15 +230,39 @@ def _fits(targets: Tensor, logits: Tensor) -> bool:
     return whole and targets.numel() * logits.shape[1] == logits.numel()
 
 
+def _opposites(factors: Iterable[Tensor]) -> bool:
+    """Whether one of these is 1 where another is 0, as with the labels of yes and of no."""
+    flat = [by.detach().reshape(-1).double() for by in factors]
+    pairs = itertools.combinations(flat, 2)
+    return any(len(a) == len(b) and torch.allclose(a + b, torch.ones_like(a)) for a, b in pairs)
+
+
+def _are_probabilities(by: Tensor, logits: Tensor) -> bool:
+    """Whether these may be the targets' probabilities, or one class each with a weight."""
+    if by.shape != logits.shape or not by.is_floating_point():
+        return False
+    one, sums = (by != 0).sum(1) <= 1, by.abs().sum(1)
+    return bool((one | ((sums - 1).abs() < 1e-2)).all())
+
+
+def _holds(values: Tensor, many: Iterable[Tensor]) -> bool:
+    """Whether these are the numbers of one of many tensors, in their order."""
+    flat = values.detach().reshape(-1)
+    return any(torch.equal(flat, one.detach().reshape(-1)) for one in many)
+
+
 def _counts(factors: Sequence[Tensor], logits: Tensor) -> Tensor | None:
     """Which decisions count, one after the other, by what their terms are multiplied with."""
     places = logits.numel() // logits.shape[1] if logits.ndim > 1 and logits.shape[1] else 0
-    counts = None
-    for by in factors:
-        if by.numel() == places and places < logits.numel() and bool((by == 0).any()):
-            mask = by.reshape(-1) != 0
-            counts = mask if counts is None else counts & mask
-    return counts
+    masks = [
+        by.reshape(-1) != 0
+        for by in factors
+        if by.numel() == places and places < logits.numel() and bool((by == 0).any())
+    ]
+    if not masks:
+        return None
+    every = torch.stack(masks)  # one upon the other, or one beside the other
+    return every.all(0) if bool(every.all(0).any()) else every.any(0)
 
 
 def _one_hot(indices: Tensor, logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lightning_duo.base import Call
 from lightning_duo.callback.heads import Found, check_head, chosen_of, heads_of, is_among
 from lightning_duo.callback.layout import in_places, tensor_at
 from lightning_duo.callback.loss_calls import Loss, number_of
-from lightning_duo.callback.matches import shares
+from lightning_duo.callback.matches import overlap
 from lightning_duo.callback.reading import Example, Piece, Reading
 from lightning_duo.callback.refusals import refuse
 from lightning_duo.callback.taken import Taken, constants_of
@@ -185,7 +185,7 @@ def _labels(
     found: list[Path] = [
         (call._fields[int(path[0])], *path[1:])
         for path, leaf in leaves(call)
-        if any(shares(leaf, y) for y in known)
+        if any(overlap(leaf, y) for y in known)
     ]
     if "labels" in call.kwargs and ("kwargs", "labels") not in found:
         found.append(("kwargs", "labels"))

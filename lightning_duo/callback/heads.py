@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lightning_duo.callback.layout import fitted
 from lightning_duo.callback.loss_calls import Loss, of_one_output
-from lightning_duo.callback.matches import Match, match_of, shares
+from lightning_duo.callback.matches import Match, match_of, overlap
 from lightning_duo.callback.reading import Example, Reading
 from lightning_duo.callback.taken import Taken
 from lightning_duo.callback.targets import target_of, target_of_step
@@ -107,11 +107,14 @@ def check_head(reading: Reading, other: Reading, example: Example, taken: Taken)
 
 def _found(loss: Loss, seen: Seen, taken: Taken) -> Found:
     match = match_of(loss, seen, taken)
-    if match is not None:
-        return Found(loss, match, (loss.kind, match.called.name, match.at))
     width, piece = loss.logits.shape[1:2], None
-    if loss.targets is not None:
+    if loss.targets is not None and (match is None or match.rows is not None):
         piece = target_of_step(loss, taken).piece
+    if match is not None:
+        one = piece is not None and piece.targets is not None and loss.kind != "classes"
+        if not one or _targets(Found(loss, match, ()), taken) is not None:
+            return Found(loss, match, (loss.kind, match.called.name, match.at))
+        # One label of several, with targets of its own.
     return Found(loss, None, (loss.kind, *width, piece and piece.targets))
 
 
@@ -187,4 +190,4 @@ def _doubt(found: Found, seen: Seen, taken: Taken) -> int:
         return 1
     target = at(taken.batch, path)
     inputs = [leaf for called in seen.calls for _, leaf in leaves(called.call.args[:1])]
-    return 2 if any(shares(target, leaf) for leaf in inputs) else 0
+    return 2 if any(overlap(target, leaf) for leaf in inputs) else 0

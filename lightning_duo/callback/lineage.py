@@ -17,6 +17,8 @@ _BLANK = frozenset(
         *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
     }
 )
+# Of their other arguments these take shape or type only.
+_LIKE = frozenset({Tensor.type_as, Tensor.to, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as})
 
 
 class Made(NamedTuple):
@@ -30,6 +32,8 @@ class Made(NamedTuple):
     """Numbers of the softmax and sigmoid whose probabilities it was made of."""
     picks: tuple[Tensor, ...] = ()
     """Class indices of which it is the one-hot form."""
+    picked: bool = False
+    """Whether probabilities in it were picked by class indices."""
 
 
 NOTHING = Made()
@@ -66,7 +70,7 @@ class Lineage:
             for tensor, made in zip(given, result, strict=True):
                 self._keep([made], [tensor])
         elif function not in _BLANK:
-            self._keep(tensors(result), given)
+            self._keep(tensors(result), given[:1] if function in _LIKE else given)
 
     def note_soft(self, number: int, result: Tensor) -> None:
         """Remember that a tensor holds probabilities, or their logarithms."""
@@ -75,6 +79,11 @@ class Lineage:
     def note_one_hot(self, indices: Tensor, result: Tensor) -> None:
         """Remember the class indices of a one-hot form."""
         self._made[result] = self.of(result)._replace(picks=(indices,))
+
+    def note_picked(self, result: Any) -> None:
+        """Remember that class indices have picked what is in a function's result."""
+        for tensor in tensors(result):
+            self._made[tensor] = self.of(tensor)._replace(picked=True)
 
     def note_learnt(self, given: Any, output: Any) -> None:
         """Remember that a module with weights made its output, of what it was given."""
@@ -108,7 +117,8 @@ def _joined(one: Made, other: Made) -> Made:
         return other if one == NOTHING else one
     known = {id(tensor) for tensor in one.picks}
     picks = (*one.picks, *(t for t in other.picks if id(t) not in known))
-    return Made(one.learnt or other.learnt, one.parts | other.parts, one.soft | other.soft, picks)
+    learnt, picked = one.learnt or other.learnt, one.picked or other.picked
+    return Made(learnt, one.parts | other.parts, one.soft | other.soft, picks, picked)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

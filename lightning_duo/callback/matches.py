@@ -219,3 +219,13 @@ def shares(one: Tensor, other: Tensor) -> bool:
         and one.layout == other.layout == torch.strided
         and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
     )
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have values in common, and not only the memory that they are parts of."""
+    if one is other or not shares(one, other) or one.dtype != other.dtype:
+        return one is other or shares(one, other)
+    size = one.untyped_storage().nbytes() // one.element_size()
+    taken = torch.zeros(size, dtype=torch.bool, device=one.device)
+    taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())

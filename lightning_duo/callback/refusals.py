@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_duo.base import Call
 from lightning_duo.callback.lineage import Lineage
 from lightning_duo.callback.loss_calls import Loss
-from lightning_duo.callback.matches import shares
+from lightning_duo.callback.matches import overlap
 from lightning_duo.callback.reading import Piece
 from lightning_duo.nested import leaves
 
@@ -28,14 +28,16 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call, lineage: 
     made_of = {lineage.of(leaf).parts for leaf in inputs} - {frozenset()}
     for loss, piece in zip(losses, found, strict=True):
         y = loss.targets
-        if y is None or not y.numel():
+        if y is not None and not y.numel():
             continue
-        same = inputs and all(shares(leaf, y) or _is_next(leaf, y) for leaf in inputs)
+        same = inputs and y is not None and all(overlap(x, y) or _is_next(x, y) for x in inputs)
         if same or (piece.targets and made_of == {frozenset({piece.targets})}):
             raise ValueError(
                 f"the step's targets are its inputs (a reconstruction, or a language model?); "
                 f"{SUPPORTED}; {REMEDY}"
             )
+        if y is None:
+            continue
         if loss.kind == "classes" and piece.targets is None and y.ndim == 1:
             square = loss.logits.ndim == 2 and loss.logits.shape[0] == loss.logits.shape[1]
             if square and torch.equal(y, torch.arange(len(y), device=y.device).to(y.dtype)):
@@ -52,6 +54,12 @@ def refuse(losses: Sequence[Loss], found: Sequence[Piece], call: Call, lineage: 
                     "first); "
                     f"{SUPPORTED}; {REMEDY}"
                 )
+    if len(losses) > 1 and all(piece.targets is None for piece in found):
+        if len({id(loss.logits) for loss in losses}) == 1:
+            raise ValueError(
+                "the step makes several targets of the same logits, and none is in the batch (a "
+                f"distribution over the values of a regression?); {SUPPORTED}; {REMEDY}"
+            )
     constants = [
         loss.targets.flatten()[0]
         for loss, piece in zip(losses, found, strict=True)

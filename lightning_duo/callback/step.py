@@ -136,7 +136,8 @@ class Step:
                 return self._as_elsewhere(known, classes)
         seen = self._watch.seen
         metrics = seen.by == "metrics" and self.stage != "training" and known is None
-        if not seen.losses or metrics or (seen.by == "hand" and known is not None):
+        read = known is not None and not known.watching  # without what the step makes by hand
+        if not seen.losses or metrics or (seen.by == "hand" and read):
             return self._without_loss(outputs, known)
         try:
             reading, examples = self._learnt()
@@ -169,6 +170,8 @@ class Step:
     def _learnt(self) -> tuple[Reading, list[Example]]:
         training = self.stage == "training"
         known = self.learnt.reading if training else self.known or self.learnt.reading
+        if training and known is None and self.known is not None and self.known.heads == 1:
+            known = self.known  # of several heads that which alone is validated
         how: dict[str, Any] = {
             "head": self.options.head,
             "training": training,

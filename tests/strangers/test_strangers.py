@@ -35,6 +35,7 @@ THEMES = (
     "disguised",
     "traps",
     "masks",
+    "odd_losses",
 )
 for name in THEMES:
     import_module(f"strangers.{name}")
