@@ -36,6 +36,7 @@ THEMES = (
     "traps",
     "masks",
     "odd_losses",
+    "same_tensor",
 )
 for name in THEMES:
     import_module(f"strangers.{name}")
