@@ -23,7 +23,7 @@ class Learnt:
     leaks: bool | None = None
     """Whether the logits depend on the labels that the call was given; None: not known yet."""
     by_hand: bool = False
-    """Whether the step writes its losses out."""
+    """Whether the step writes its losses out, or sums up their terms, in every step anew."""
     kind: Kind | None = None
     """Of the loss."""
     reruns: bool = False

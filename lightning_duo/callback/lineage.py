@@ -1,5 +1,6 @@
 """What the tensors of a step were made of."""
 
+import itertools
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class Lineage:
             for tensor, made in zip(given, result, strict=True):
                 self._keep([made], [tensor])
         elif function not in _BLANK:
-            self._keep(tensors(result), given[:1] if function in _LIKE else given)
+            some = itertools.islice(given, 1) if function in _LIKE else given
+            self._keep(tensors(result), some)
 
     def note_soft(self, number: int, result: Tensor) -> None:
         """Remember that a tensor holds probabilities, or their logarithms."""

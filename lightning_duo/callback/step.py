@@ -198,7 +198,8 @@ class Step:
         same = learnt.reading is not None and learnt.reading.same_for == reading.same_for
         learnt.looks = learnt.looks + 1 if same else 1
         learnt.reading = reading
-        learnt.by_hand = self._watch.seen.by == "hand" and reading.watching
+        seen = self._watch.seen
+        learnt.by_hand = reading.watching and (seen.by == "hand" or seen.terms)
         if self._called is not None:
             mine = [called for called in self._called if called.name == reading.module]
             learnt.reruns = len(mine) != reading.calls

@@ -49,6 +49,8 @@ class Terms:
         self._held: MutableMapping[Tensor, _Held] = WeakTensorKeyDictionary()
         self._masked: dict[int, Tensor] = {}
         self._summed: dict[int, Tensor] = {}
+        self.any = False
+        """Whether a loss left it to the step to sum up its terms."""
         self._pseudo: set[int] = set()  # losses whose targets the model chooses too
 
     def begin(self, number: int, terms: Any, targets: Tensor) -> None:
@@ -60,6 +62,7 @@ class Terms:
             targets: What it was given.
         """
         if isinstance(terms, Tensor) and terms.ndim:
+            self.any = True
             places = torch.arange(terms.numel(), device=terms.device).view(terms.shape)
             self._held[terms] = _Held(number, places, terms.numel())
             if self._lineage.is_learnt(targets):

@@ -46,6 +46,8 @@ class Seen(NamedTuple):
     """Who computes the losses; those that are written out are a guess."""
     lineage: Lineage = Lineage()
     """What its tensors were made of."""
+    terms: bool = False
+    """Whether it sums up the terms of a loss itself."""
 
 
 class Watch:
@@ -117,8 +119,8 @@ class Watch:
     def _note_losses(self) -> None:
         if self._mode is not None:
             sources = [(soft.result, soft.logits) for soft in self._mode.by_hand.soft]
-            found, by = self._mode.found(), self._mode.by
-            self.seen = Seen(found, self.seen.calls, sources, by, self._mode.lineage)
+            found, by, terms = self._mode.found(), self._mode.by, self._mode.terms.any
+            self.seen = Seen(found, self.seen.calls, sources, by, self._mode.lineage, terms)
         self._mode = None
 
     @contextmanager
