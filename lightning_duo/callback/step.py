@@ -219,7 +219,7 @@ class Step:
         if reading.watching and self.messages.first("watched"):
             self.messages.info(
                 "the step computes its logits or targets itself, so every step is watched, which "
-                "takes about a millisecond each"
+                "takes about a millisecond each, or more where it writes its losses out"
             )
 
     def _is_in_batch(self, reading: Reading, example: Example) -> bool:

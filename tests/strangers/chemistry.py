@@ -42,6 +42,7 @@ class Chemprop(Stranger):
         )
 
     def labels(self, molecules: list[str], seed: int) -> Tensor:
+        """What the molecules are known for; a subclass says it."""
         raise NotImplementedError
 
     def loaders(self) -> tuple[Any, Any]:
