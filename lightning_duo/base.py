@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_duo.batch import describe
-from lightning_duo.nested import Path, at
+from lightning_duo.nested import Path, at, leaves
 
 LogitsFn = Callable[..., Tensor]
 POSITIONS = {"[:, -1]": -1, "[:, 0]": 0}
@@ -158,6 +160,36 @@ class LogitsOf(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.logits_fn(self.module, *args, **kwargs)
+
+
+class Function(nn.Module):
+    """A plain callable as a module: a transform, say, or the client of a model behind a service.
+
+    Args:
+        function: It is called with what the module is called with. Where it returns an array of
+            NumPy, or numbers in lists, the module returns a tensor of them.
+
+    Example:
+        >>> Function(lambda x: [[0.5, 2.0]])(None)
+        tensor([[0.5000, 2.0000]])
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.function(*args, **kwargs)
+        numbers = isinstance(output, np.ndarray) or (
+            isinstance(output, list) and not any(leaves(output))
+        )
+        return torch.as_tensor(output) if numbers else output
+
+
+def as_module(model: Callable[..., Any]) -> nn.Module:
+    """A model as a module; another callable in a `Function`."""
+    return model if isinstance(model, nn.Module) else Function(model)
 
 
 def _without_prefix(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:

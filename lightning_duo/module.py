@@ -2,23 +2,27 @@
 
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_duo.base import Fitting, LogitsOf, logits_in, logits_like
-from lightning_duo.batch import describe
+from lightning_duo.base import Fitting, Function, LogitsFn, LogitsOf, as_module
+from lightning_duo.members import Members, beside, of_one_dtype
 from lightning_duo.nested import Path as Keys
-from lightning_duo.nested import mapped
 from lightning_duo.saved import eager_name, read_header, write_duo
 from lightning_duo.tasks import Classes, Labels, Task, task_from_state, task_state
 from lightning_duo.temperature import UNWEIGHTED
+from lightning_duo.zoo import SidekickSource
 from lightning_duo_kernels import duo_head, weighted_sum
 from lightning_duo_kernels.head import HeadOutput
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 Mode = Literal["weighted", "unweighted", "uq_only"]
 _NOTHING: Any = object()  # in place of a first argument, where all are given by name
@@ -39,7 +43,7 @@ class DuoOutput(NamedTuple):
     """Whether the confidence reaches the threshold, in the prediction's shape, bool."""
 
 
-class DuoModule(nn.Module):
+class DuoModule(Members):
     """A base and a sidekick that predict together.
 
     A duo is called as the base is: both models get the same arguments. Put what the sidekick needs
@@ -49,8 +53,10 @@ class DuoModule(nn.Module):
 
     Args:
         base: Returns logits, such as (N, K), or a structure that holds them: where ``logits_at``
-            leads, or else under the key or attribute ``logits``.
-        sidekick: The same, for the same classes or labels; its structure may be another.
+            leads, or else under the key or attribute ``logits``. A model; or any callable, such as
+            the client of a service, which may also return an array or lists of numbers.
+        sidekick: The same, for the same classes or labels; its structure may be another. It may be
+            on another device than the base; it is given its inputs there.
         temperatures: Non-negative multipliers (base, sidekick), from `fit_temperatures`.
         mode: ``weighted``; ``unweighted``, with both temperatures 0.5 whatever is given; or
             ``uq_only``, where the base predicts and the duo says how sure that is.
@@ -78,18 +84,14 @@ class DuoModule(nn.Module):
     Source: Asymmetric Duos, Sec. 3.1.
     """
 
-    cannot_export: str = ""
-    """Why a duo of this class runs in Python only, with what to do; empty if it can be exported."""
-
     temperatures: Tensor
     threshold: Tensor
     task: Task = Classes()  # here too for what earlier versions pickled
-    logits_at: Keys = ()
 
     def __init__(
         self,
-        base: nn.Module,
-        sidekick: nn.Module,
+        base: Callable[..., Any],
+        sidekick: Callable[..., Any],
         temperatures: Sequence[float],
         *,
         mode: Mode = "weighted",
@@ -97,21 +99,15 @@ class DuoModule(nn.Module):
         task: Task = Classes(),  # noqa: B008 (it is frozen)
         logits_at: Keys = (),
     ) -> None:
-        super().__init__()
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
         if not isinstance(task, Classes | Labels):
             raise TypeError(f"task must be Classes(...) or Labels(...), got {task!r}")
-        if not isinstance(logits_at, tuple):
-            raise TypeError(
-                f"logits_at must be a tuple of keys, positions and names, such as ('out', 0), got "
-                f"{logits_at!r}"
-            )
-        self.base, self.sidekick, self.mode = base, sidekick, mode
-        self.task, self.logits_at = task, logits_at
+        super().__init__(base, sidekick, logits_at)
+        self.mode, self.task = mode, task
         weights = UNWEIGHTED if mode == "unweighted" else temperatures
-        self.register_buffer("temperatures", _checked_temperatures(weights))
-        self.register_buffer("threshold", _checked_threshold(threshold))
+        self.register_buffer("temperatures", _checked_temperatures(weights).to(self.device))
+        self.register_buffer("threshold", _checked_threshold(threshold).to(self.device))
 
     @override
     def forward(self, x: Any = _NOTHING, /, *args: Any, **kwargs: Any) -> DuoOutput:
@@ -131,59 +127,22 @@ class DuoModule(nn.Module):
             rows_head: What predicts for logits (R, K), called as `duo_head` is.
         """
         rows = self._rows(base, sidekick)
-        found = rows_head(*rows, self.temperatures, uq_only=self.mode == "uq_only")
+        temperatures, threshold = beside(base, self.temperatures), beside(base, self.threshold)
+        found = rows_head(*rows, temperatures, uq_only=self.mode == "uq_only")
         assert found.probs is not None
-        accept = found.confidence >= self.threshold
+        accept = found.confidence >= threshold
         parts = (found.probs, found.prediction, found.confidence, accept)
         return DuoOutput(*(self.task.back(part, base) for part in parts))
 
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
         """Weighted sum of both models' logits in the shape of the base's, float32."""
         base, sidekick = self.member_logits(*args, **kwargs)
-        return self.task.back(weighted_sum(*self._rows(base, sidekick), self.temperatures), base)
-
-    def member_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Logits of base and sidekick, in the shape of the base's and of one dtype.
-
-        The base is given a copy of the tensors in its arguments, whatever holds them: one that
-        begins with an operation in place would change what the sidekick sees.
-
-        Raises:
-            ValueError: If either gives no logits, or their shapes differ, apart from dimensions
-                of size 1.
-        """
-        base = self.base_logits(
-            *(mapped(value, Tensor.clone) for value in args),
-            **{name: mapped(value, Tensor.clone) for name, value in kwargs.items()},
-        )
-        output = self.sidekick(*args, **kwargs)
-        sidekick = _found("sidekick", logits_like(base, output, self.logits_at), output)
-        return _of_one_dtype(base, sidekick)
-
-    def base_logits(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of the base alone, in its shape and dtype.
-
-        Raises:
-            ValueError: If it gives none.
-        """
-        output = self.base(*args, **kwargs)
-        return _found("base", logits_in(output, self.logits_at), output)
-
-    def sidekick_logits(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of the sidekick alone, in its shape and dtype.
-
-        Where ``logits_at`` ends in a position of dimension 1, logits of two dimensions are taken
-        for those of that position already.
-
-        Raises:
-            ValueError: If it gives none.
-        """
-        output = self.sidekick(*args, **kwargs)
-        return _found("sidekick", logits_in(output, self.logits_at, fewest=3), output)
+        temperatures = beside(base, self.temperatures)
+        return self.task.back(weighted_sum(*self._rows(base, sidekick), temperatures), base)
 
     def _rows(self, base: Tensor, sidekick: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of both as rows (R, K), of one dtype."""
-        return _of_one_dtype(
+        return of_one_dtype(
             self.task.rows(base, member="base").logits,
             self.task.rows(sidekick, member="sidekick").logits,
         )
@@ -226,7 +185,7 @@ class DuoModule(nn.Module):
         write_duo(path, self.state_dict(), self.mode, more)
 
     @classmethod
-    def load(cls, path: str | Path, base: nn.Module, sidekick: nn.Module) -> Self:
+    def load(cls, path: str | Path, base: Callable[..., Any], sidekick: Callable[..., Any]) -> Self:
         """Read a saved duo into modules of the same architecture.
 
         Args:
@@ -244,7 +203,7 @@ class DuoModule(nn.Module):
         mode: Any = header.mode
         task, keys = task_from_state(header.more.get("task")), header.more.get("logits_at", ())
         if "sidekick_drops" in header.more:
-            sidekick = Fitting(sidekick, header.more["sidekick_drops"])
+            sidekick = Fitting(as_module(sidekick), header.more["sidekick_drops"])
         duo = cls(base, sidekick, (1.0, 0.0), mode=mode, task=task, logits_at=tuple(keys))
         try:
             own = {eager_name(name): name for name in duo.state_dict()}
@@ -254,35 +213,67 @@ class DuoModule(nn.Module):
                 f"the duo in {path} does not fit these modules; build base and sidekick as they "
                 f"were when it was saved: {error}"
             ) from error
-        device = next((p.device for p in base.parameters()), torch.device("cpu"))
-        duo.temperatures, duo.threshold = duo.temperatures.to(device), duo.threshold.to(device)
         return duo.eval()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        base: "LightningModule | type[LightningModule] | nn.Module",
+        sidekick: SidekickSource | None = None,
+        *,
+        name: str | None = None,
+        sidekick_transform: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
+        weights_only: bool = True,
+    ) -> "DuoModule":
+        """The duo of a checkpoint that a Trainer with `DuoCallback` has saved.
+
+        Args:
+            path: The checkpoint, ``*.ckpt``.
+            base: Your LightningModule, whose weights are overwritten; or its class, if its
+                hyperparameters were saved; or a module like the part of it that its steps call.
+            sidekick: By default the one that the run had, if that was given by its name; else a
+                module like it, or the function that made it.
+            name: Of the callback, if the run had several.
+            sidekick_transform: As in the run; not needed for transforms of torchvision's.
+            logits_fn: As in the run, if it had one.
+            weights_only: Whether to refuse a checkpoint that holds more than tensors and plain
+                types; reading any other runs code that it names, so trust where it comes from.
+
+        Returns:
+            The duo, in eval mode, on the CPU or where the base is; it shares the base's weights.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no duo, none with temperatures, or another one than these
+                modules make; or if something that the run was given is missing.
+
+        Example:
+            >>> duo = DuoModule.from_checkpoint("run.ckpt", MyModel)  # doctest: +SKIP
+        """
+        # What reads runs stands above; a service that loads saved duos does not need it.
+        restored = import_module("lightning_duo.callback.restored")
+        duo: DuoModule = restored.duo_from_checkpoint(
+            path,
+            base,
+            sidekick,
+            name=name,
+            sidekick_transform=sidekick_transform,
+            logits_fn=logits_fn,
+            weights_only=weights_only,
+        )
+        return duo
 
 
 def _described(model: nn.Module) -> str:
     """A model in a few words."""
+    if isinstance(model, Function):
+        return str(getattr(model.function, "__qualname__", type(model.function).__name__))
     parts = list(model) if isinstance(model, nn.Sequential) and len(model) <= 3 else [model]
     names = [type(part.module if isinstance(part, LogitsOf) else part).__name__ for part in parts]
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{' -> '.join(names)} ({count:,} parameters)"
-
-
-def _found(name: str, logits: Tensor | None, output: Any) -> Tensor:
-    """The logits of a model, or an error that says where they are looked for."""
-    if logits is None:
-        raise ValueError(
-            f"the {name} of a DuoModule must return floating-point logits, such as (N, K), or an "
-            f"object or mapping with them under 'logits', got {describe(output)}; pass "
-            "DuoModule(..., logits_at=...) with the keys that lead to them, such as (0,) for the "
-            "first of a tuple"
-        )
-    return logits
-
-
-def _of_one_dtype(base: Tensor, sidekick: Tensor) -> tuple[Tensor, Tensor]:
-    if base.dtype != sidekick.dtype or base.dtype == torch.float64:
-        return base.float(), sidekick.float()
-    return base, sidekick
 
 
 def _checked_temperatures(values: Sequence[float]) -> Tensor:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lightning_duo.callback.checkpoint import read_checkpoint
 from lightning_duo.callback.duo import DuoCallback
 from lightning_duo.callback.trained import MARK
 from lightning_duo.zoo import SidekickSource
@@ -21,6 +21,7 @@ def add_sidekick(
     sidekick: SidekickSource,
     ckpt_path: str | None = None,
     trainer: Trainer | None = None,
+    weights_only: bool = True,
     **options: Any,
 ) -> DuoCallback:
     """Train a sidekick for a base that is trained already, and fit the temperatures.
@@ -40,6 +41,8 @@ def add_sidekick(
         ckpt_path: A checkpoint of the base, whose weights are loaded first; one of a run of this
             function is resumed.
         trainer: By default one for 10 epochs; callbacks, loggers, precision and strategy are its.
+        weights_only: Whether to refuse a checkpoint that holds more than tensors and plain types;
+            reading any other runs code that it names, so trust where it comes from.
         options: Further arguments of `DuoCallback`.
 
     Returns:
@@ -63,24 +66,25 @@ def add_sidekick(
             "add_sidekick(module, train_loader, val_loader, ...) or a datamodule"
         )
     trainer = trainer or Trainer(max_epochs=EPOCHS)
-    resumed = None if ckpt_path is None else _loaded(module, ckpt_path)
+    resumed = None if ckpt_path is None else _loaded(module, ckpt_path, weights_only=weights_only)
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trusted: dict[str, Any] = {} if resumed is None or weights_only else {"weights_only": False}
     trainer.callbacks.append(callback)  # type: ignore[attr-defined]
     module.requires_grad_(False)
     try:
-        trainer.fit(module, **data, ckpt_path=resumed)
+        trainer.fit(module, **data, ckpt_path=resumed, **trusted)
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
     return callback
 
 
-def _loaded(module: LightningModule, path: str) -> str | None:
+def _loaded(module: LightningModule, path: str, *, weights_only: bool) -> str | None:
     """Load the base's weights; returns the path if the checkpoint is one to be resumed."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     groups = [g for state in checkpoint.get("optimizer_states", ()) for g in state["param_groups"]]
     if any(MARK in group for group in groups):
         return path
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     return None

@@ -1,14 +1,18 @@
 """What a checkpoint keeps of a run, and how a run comes back from it."""
 
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_duo._version import __version__
 from lightning_duo.calibration import Calibration
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.learnt import Learnt, Stage
+from lightning_duo.callback.plain import call_state
 from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import Sidekick
@@ -32,12 +36,16 @@ def state_of(run: Run) -> dict[str, Any]:
     return {
         **written,
         "name": run.options.sidekick_name,
+        "named": isinstance(run.options.sidekick, str),
         "num_classes": run.sidekick.num_classes,
         "in_chans": run.sidekick.in_chans,
         "per_token": run.sidekick.per_token,
         "learnt": {k: v.reading.state() for k, v in run.learnt.items() if v.reading},
         "sidekick": run.sidekick.model.state_dict(),
         "transform": run.options.transform_name,
+        "calling": run.sidekick.state(),
+        "logits_fn": run.options.logits_fn is not None,
+        "example": call_state(run.example),
         "training": run.training_state(),
         "run": run.id,
         "best": run.best and run.best.state_dict(),
@@ -97,9 +105,9 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         per_token=state.get("per_token", False),
         restored=True,
     )
-    _load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
+    load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
     messages.info(f"sidekick {options.sidekick_name!r} restored from the checkpoint")
-    fitted = _fitted(state)
+    fitted = fitted_of(state)
     if fitted is not None:
         chosen = fitted.calibration.target_accuracy, fitted.calibration.delta
         asked = options.target_accuracy, options.delta
@@ -114,7 +122,7 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
         run,
         id=state["run"],
         sidekick=sidekick,
-        learnt=_learnt(state) | run.learnt,
+        learnt=learnt_of(state) | run.learnt,
         training=None,
         resume=training,
         progress=training and Progress(**{k: training[k] for k in COUNTED}, total=None),
@@ -128,13 +136,14 @@ def loaded(run: Run, state: dict[str, Any], stage: str) -> Run:
     )
 
 
-def _learnt(state: dict[str, Any]) -> dict[Stage, Learnt]:
+def learnt_of(state: dict[str, Any]) -> dict[Stage, Learnt]:
     """What steps were seen to do; steps to come are looked at anew."""
     known = state.get("learnt", {}).items()
     return {stage: Learnt(Reading.from_state(reading)) for stage, reading in known}
 
 
-def _fitted(state: dict[str, Any]) -> Fitted | None:
+def fitted_of(state: dict[str, Any]) -> Fitted | None:
+    """Temperatures and threshold of a checkpoint; None if none were fitted yet."""
     if state["calibration"] is None:
         return None
     calibration = Calibration.from_state_dict(state["calibration"])
@@ -147,6 +156,18 @@ def _better(mine: BestSidekick | None, saved: dict[str, Any] | None) -> BestSide
     return min((best for best in both if best), key=lambda best: best.nll, default=None)
 
 
+def check_version(state: dict[str, Any]) -> None:
+    """Raise ValueError for a state that only another version of the library can read."""
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint holds duo state of version {version}, written by lightning_duo "
+            f"{state.get('library', 'of an earlier day')}; this is lightning_duo {__version__}, "
+            f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
+            "without DuoCallback"
+        )
+
+
 def _check_state(state: dict[str, Any], num_classes: int | None) -> None:
     """Find what keeps a checkpoint's duo state from being loaded.
 
@@ -157,14 +178,7 @@ def _check_state(state: dict[str, Any], num_classes: int | None) -> None:
     Raises:
         ValueError: If another version of the library wrote it, or it is of other classes.
     """
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise ValueError(
-            f"the checkpoint holds duo state of version {version}, written by lightning_duo "
-            f"{state.get('library', 'of an earlier day')}; this is lightning_duo {__version__}, "
-            f"which reads version {STATE_VERSION}; load it with the version that wrote it, or "
-            "without DuoCallback"
-        )
+    check_version(state)
     if state["sidekick"] is not None and num_classes not in (None, state["num_classes"]):
         raise ValueError(
             f"the checkpoint's sidekick {state['name']!r} has {state['num_classes']} outputs, this "
@@ -173,7 +187,37 @@ def _check_state(state: dict[str, Any], num_classes: int | None) -> None:
         )
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
+def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of a Trainer; its tensors stay in the file until they are used.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, or holds more than tensors and plain types although
+            ``weights_only`` was asked for.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder, in which each process has saved its part; save the run once more "
+            "in one file, with ModelParallelStrategy(save_distributed_checkpoint=False)"
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain types, which may run code when it is read "
+            f"({str(error).splitlines()[0]}); if you trust where it comes from, pass "
+            "weights_only=False"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no checkpoint of a Trainer ({error})") from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise ValueError(f"{path} is no checkpoint of a Trainer: it has no state_dict")
+    return found
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
     """Load a sidekick's weights from a checkpoint.
 
     Args:

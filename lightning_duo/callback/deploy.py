@@ -20,8 +20,13 @@ from lightning_duo.module import DuoModule
 from lightning_duo.report import SEEN, print_summary, write_report
 
 
-def duo_of(run: Run) -> DuoModule:
-    """A deep copy of both models as a duo, on the base's device, in eval mode.
+def duo_of(run: Run, *, copy: bool = True, called: nn.Module | None = None) -> DuoModule:
+    """Both models as a duo, on the base's device, in eval mode.
+
+    Args:
+        run: The run.
+        copy: Whether the duo has weights of its own, which want no gradients.
+        called: What stands for the base; by default what the run has learnt that its steps call.
 
     Raises:
         MisconfigurationException: If no temperatures were fitted, or the base is sharded or cannot
@@ -41,18 +46,21 @@ def duo_of(run: Run) -> DuoModule:
             "ModelParallelStrategy(save_distributed_checkpoint=False), then in one process "
             "trainer.validate(model, data, ckpt_path=...) and callback.module"
         )
-    base, sidekick = copies(run.base, run.sidekick.deployable())
+    base: nn.Module = run.base
+    sidekick = run.sidekick.deployable()
+    if copy:
+        base, sidekick = copies(base, sidekick)
     threshold = run.fitted.calibration.threshold
     reading = run.reading
     duo = (StepDuo if reading is not None and reading.whole else DuoModule)(
-        _callable(run, base),
+        called or _callable(run, base),
         sidekick,
         run.fitted.calibration.temperatures,
         threshold=0.0 if threshold is None else threshold.value,
         task=run.deployed_task,
         logits_at=() if reading is None else reading.logits_at,
     )
-    return duo.to(run.base.device).requires_grad_(False).eval()
+    return (duo.to(run.base.device).requires_grad_(False) if copy else duo).eval()
 
 
 def _callable(run: Run, base: nn.Module) -> nn.Module:

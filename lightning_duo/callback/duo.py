@@ -228,6 +228,8 @@ class DuoCallback(Hooks):
     def module(self) -> DuoModule:
         """The duo as it is now: a deep copy in eval mode, which later training leaves alone.
 
+        `duo` shares the weights instead.
+
         Raises:
             MisconfigurationException: If no temperatures were fitted yet, or each process holds a
                 shard of the base only.
@@ -235,6 +237,19 @@ class DuoCallback(Hooks):
                 ``logits_fn``.
         """
         return duo_of(self._run)
+
+    def duo(self, *, copy: bool = True) -> DuoModule:
+        """The duo as it is now, as `module` gives it, or with the weights that are there.
+
+        Args:
+            copy: Whether the duo has weights of its own. Without them it takes next to no memory;
+                your module and the sidekick are put in eval mode, and training either later
+                changes the duo too, but not its temperatures.
+
+        Raises:
+            As `module` does.
+        """
+        return duo_of(self._run, copy=copy)
 
     def write_report(
         self, path: str | Path, *, stage: str | None = None, resamples: int | None = None

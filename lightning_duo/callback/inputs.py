@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_duo.base import Call, Fitting
+from lightning_duo.base import Call, Fitting, as_module
 from lightning_duo.callback.messages import Messages
+from lightning_duo.callback.plain import transform_of, transform_state
 from lightning_duo.text import call_fitting
 from lightning_duo.zoo import data_config
 
@@ -129,12 +130,30 @@ class Calling:
         model = self.model
         if not self._fits:
             model = self._fitting
-        # One that resizes does for images of both kinds.
-        transform = self._transforms.get(True, self._transforms.get(False))
-        if transform is None:
+        if self._transform is None:
             return model
-        first = transform if isinstance(transform, nn.Module) else _Callable(transform)
-        return Transformed(first, model)
+        return Transformed(as_module(self._transform), model)
+
+    @property
+    def _transform(self) -> Callable[[Any], Any] | None:
+        """What the inputs go through; one that resizes does for images of both kinds."""
+        return self._transforms.get(True, self._transforms.get(False))
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, in plain types; without a transform that these cannot tell."""
+        return {
+            "dropped": sorted(self._fitting.dropped),
+            "fits": self._fits,
+            "transform": transform_state(self._transform),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Call the sidekick as it was called when the state was taken."""
+        self._fitting.dropped.update(state["dropped"])
+        self._fits = state["fits"]
+        if not self._transforms:
+            known = state["transform"] and transform_of(state["transform"])
+            self._transforms = {False: known, True: known}
 
 
 class Transformed(nn.Sequential):
@@ -144,18 +163,6 @@ class Transformed(nn.Sequential):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         transform, model = self
         return with_first(Call(args, kwargs), transform).of(model)
-
-
-class _Callable(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    @override
-    def forward(self, x: Any) -> Any:
-        return self.function(x)
 
 
 def first_input(call: Call) -> Any:

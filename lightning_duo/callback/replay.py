@@ -110,11 +110,14 @@ class StepLogits(nn.Module):
 class StepDuo(DuoModule):
     """A duo that takes a batch, since only the base's step makes its logits of it."""
 
-    cannot_export = (
-        "the base of this duo is the validation step of your module, which runs in Python only; "
-        "write its logits as a function and export DuoModule(LogitsOf(logits_fn, model), sidekick, "
-        "temperatures), all three of lightning_duo"
-    )
+    @property
+    @override
+    def cannot_export(self) -> str:
+        return (
+            "the base of this duo is the validation step of your module, which runs in Python "
+            "only; write its logits as a function and export DuoModule(LogitsOf(logits_fn, model), "
+            "sidekick, temperatures), all three of lightning_duo"
+        )
 
     @override
     def member_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -122,7 +125,7 @@ class StepDuo(DuoModule):
         assert isinstance(self.base, StepLogits)
         (batch,) = (*args, *kwargs.values())
         call = self.base.reading.call_of(batch)
-        sidekick = self.sidekick_logits(*call.args, **call.kwargs)
+        sidekick = self.sidekick_logits(*call.args, **call.kwargs).to(base.device)
         mask = self.base.reading.pieces[0].mask
         if mask is not None and sidekick.numel() > base.numel():  # the step left places out
             sidekick = sidekick.reshape(-1, base.shape[1])[at(batch, mask).reshape(-1).bool()]

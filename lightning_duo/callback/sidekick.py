@@ -2,6 +2,7 @@
 
 import copy
 from types import MethodType
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -251,3 +252,12 @@ class Sidekick:
     def deployable(self) -> nn.Module:
         """The model, behind what makes the base's call its own."""
         return self.calling.deployable()
+
+    def state(self) -> dict[str, Any]:
+        """How it is called and what it gives, in plain types; its weights are not part of it."""
+        return {**self.calling.state(), "gives_probabilities": self.gives_probabilities}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be called as when the state was taken."""
+        self.calling.restore(state)
+        self.gives_probabilities = state["gives_probabilities"]

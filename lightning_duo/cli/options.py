@@ -4,7 +4,7 @@ import math
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,29 +105,47 @@ def build_part(part: str, spec: str, duo: str) -> "nn.Module":
     return build_model(part, spec, shapes[f"{part}.{name}"][0])
 
 
-def _call(option: str, spec: str) -> "nn.Module":
-    """The model that MODULE:FUNCTION gives; whatever goes wrong in the user's code is named."""
-    from torch import nn
+def named(option: str, spec: str) -> Any:
+    """What MODULE:NAME names, a class or a function.
 
-    module, function = spec.split(":", 1)
-    if not all(name.isidentifier() for name in (*module.split("."), function)):
+    Raises:
+        ValueError: If there is none.
+    """
+    module, _, name = spec.rpartition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(
             f"--{option} {spec} is not MODULE:FUNCTION, such as my_models:Classifier for the "
             "class Classifier of my_models.py"
         )
     try:
-        build = getattr(import_module(module), function)
+        return getattr(import_module(module), name)
     except Exception as error:
         raise ValueError(
             f"--{option} {spec} cannot be imported: {type(error).__name__}: {error}; name a class "
             "or function of a Python file here or of an installed package"
         ) from error
+
+
+def called(option: str, spec: str) -> Any:
+    """What MODULE:NAME gives when it is called without arguments.
+
+    Raises:
+        ValueError: If it fails, whatever goes wrong in the user's code.
+    """
+    make = named(option, spec)
     try:
-        model = build()
+        return make()
     except Exception as error:
         raise ValueError(
             f"--{option} {spec}, called without arguments, fails: {type(error).__name__}: {error}"
         ) from error
+
+
+def _call(option: str, spec: str) -> "nn.Module":
+    """The model that MODULE:FUNCTION gives."""
+    from torch import nn
+
+    model = called(option, spec)
     if not isinstance(model, nn.Module):
         raise ValueError(f"--{option} {spec} must give an nn.Module, got {type(model).__name__}")
     return model
