@@ -15,7 +15,7 @@ EPOCHS = 10
 
 def add_sidekick(
     module: LightningModule,
-    train_loader_or_datamodule: Any,
+    train_loader_or_datamodule: Any = None,
     val_loaders: Any = None,
     *,
     sidekick: SidekickSource,
@@ -35,7 +35,7 @@ def add_sidekick(
         module: The base, as its training left it; its training and validation steps say what inputs
             and targets are.
         train_loader_or_datamodule: What the sidekick learns from, and with a datamodule also what
-            the temperatures are fitted on.
+            the temperatures are fitted on; by default what the module's own hooks give.
         val_loaders: What the temperatures are fitted on, if there is no datamodule.
         sidekick: As for `DuoCallback`.
         ckpt_path: A checkpoint of the base, whose weights are loaded first; one of a run of this
@@ -60,7 +60,7 @@ def add_sidekick(
     data = {"train_dataloaders": train_loader_or_datamodule, "val_dataloaders": val_loaders}
     if isinstance(train_loader_or_datamodule, LightningDataModule):
         data = {"datamodule": train_loader_or_datamodule}
-    elif val_loaders is None:
+    elif val_loaders is None and train_loader_or_datamodule is not None:
         raise MisconfigurationException(
             "there is no validation data, which the temperatures are fitted on; pass "
             "add_sidekick(module, train_loader, val_loader, ...) or a datamodule"

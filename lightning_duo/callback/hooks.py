@@ -23,6 +23,7 @@ from lightning_duo.callback.requirements import (
     check_monitors,
     check_siblings,
     check_trainer,
+    warn_of_constant_monitors,
 )
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.testing import Test
@@ -64,6 +65,8 @@ class Hooks(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_monitors(trainer, self.options)
+        if self._trained is not None:
+            warn_of_constant_monitors(trainer, self.options, self._run.messages)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

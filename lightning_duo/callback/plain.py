@@ -64,19 +64,19 @@ def transform_of(state: dict[str, Any]) -> nn.Module:
 
 
 def _plain(value: Any) -> Any:
-    """A value in plain types; a TypeError tells of one that has none."""
+    """A value in plain types, of which `_value` makes it again, if it can."""
     if isinstance(value, Enum):
         return {"interpolation": value.value}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+    if type(value) in (list, tuple):
+        return type(value)(_plain(part) for part in value)
     return value if isinstance(value, _VALUES) else {"unknown": repr(value)}
 
 
 def _value(plain: Any) -> Any:
-    if isinstance(plain, list):
-        return [_value(part) for part in plain]
+    if type(plain) in (list, tuple):
+        return type(plain)(_value(part) for part in plain)
     if not isinstance(plain, dict):
         return plain
     if "dtype" in plain:

@@ -124,6 +124,19 @@ def check_monitors(trainer: Trainer, options: Options) -> None:
         raise MisconfigurationException(f"{who} monitors {name!r}, which is not logged; {remedy}")
 
 
+def warn_of_constant_monitors(trainer: Trainer, options: Options, messages: Messages) -> None:
+    """Warn of a callback that waits for a metric of a base that is not trained."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and "duo/" not in name and "sidekick/" not in name:
+            messages.warn(
+                f"{type(callback).__name__} monitors {name!r}, but what the base logs stays the "
+                "same while only the sidekick learns; monitor "
+                f"'{options.prefix}duo/val_nll' instead (the lower the better)"
+            )
+
+
 def _check_fit(trainer: Trainer, messages: Messages) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in callbacks):

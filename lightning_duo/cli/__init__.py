@@ -1,14 +1,31 @@
-"""`lightning-duo ...`: calibrate, report, export and bench without writing Python."""
+"""`lightning-duo ...`: what can be done without writing Python."""
 
 import os
 import sys
 import warnings
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
+from typing_extensions import override
 
 from lightning_duo.cli.bench import bench
-from lightning_duo.cli.commands import calibrate, export, report
+from lightning_duo.cli.commands import calibrate, report
+from lightning_duo.cli.export import export
+from lightning_duo.cli.runs import evaluate, sidekick
+
+
+class _Parser(ArgumentParser):
+    """Takes a second position where a function need not have one."""
+
+    @override
+    def add_function_arguments(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function is not export:
+            return super().add_function_arguments(function, *args, **kwargs)
+        kwargs["skip"] = {"output"}
+        added = super().add_function_arguments(function, *args, **kwargs)
+        text = "File to write, *.pt2 or *.onnx; by default beside the duo, with its name."
+        self.add_argument("output", nargs="?", type=str, help=text)
+        return added
 
 
 def _say(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -21,17 +38,23 @@ def main() -> None:
     """Run the command line."""
     warnings.showwarning = _say  # type: ignore[assignment]
     sys.path.insert(0, os.getcwd())  # as `python -m` does, for MODULE:FUNCTION
+    commands = (calibrate, report, sidekick, export, evaluate, bench)
     try:
+        if sys.argv[1:2] == ["sidekick"]:
+            sidekick()  # its options are LightningCLI's, which takes seconds to import
+            return
         auto_cli(
-            {"calibrate": calibrate, "report": report, "export": export, "bench": bench},
+            {command.__name__: command for command in commands},
             as_positional=True,
+            parser_class=_Parser,
             prog="lightning-duo",
             description=(
                 "A duo is a large classifier (base) and a much smaller one (sidekick) whose logits "
                 "are added with two fitted weights, for a more honest confidence. calibrate: make "
-                "a duo of two trained models. report: judge it on test data. export: turn a saved "
-                "duo into one file to deploy. bench: measure what a duo of two models costs here. "
-                "'lightning-duo COMMAND --help' says more."
+                "a duo of two trained models. report: judge it on test data. sidekick: train a "
+                "sidekick for a trained base. export: turn a duo into one file to deploy. "
+                "evaluate: judge the duo of a run. bench: measure what a duo of two models costs "
+                "here. 'lightning-duo COMMAND --help' says more."
             ),
         )
     except (ValueError, RuntimeError, ImportError, OSError) as error:

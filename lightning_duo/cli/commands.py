@@ -1,16 +1,10 @@
-"""`lightning-duo ...`: calibrate, report, export and bench without writing Python."""
+"""`lightning-duo calibrate` and `report`: a duo from the logits of two trained models."""
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lightning_duo.cli.options import (
-    build_model,
-    build_part,
-    check_numbers,
-    check_outputs,
-    parse_size,
-)
+from lightning_duo.cli.options import build_model, check_numbers, check_outputs, parse_size
 
 if TYPE_CHECKING:
     from lightning_duo.calibration import Calibration
@@ -183,46 +177,3 @@ def _report(
     data = f"{len(predictions['duo'].targets)} samples of {Path(targets).name}"
     options = {"held_out": held_out, "cost": cost, "resamples": resamples}
     print(f"wrote {write_report(path, predictions, found, data=data, **options)}")  # type: ignore[arg-type]
-
-
-def export(
-    duo: str,
-    output: str,
-    *,
-    base: str,
-    sidekick: str,
-    input_size: str,
-    format: Literal["program", "aoti", "onnx"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str = "cpu",
-) -> None:
-    """Turn a saved duo into one file that runs without this library.
-
-    Args:
-        duo: File written by DuoModule.save.
-        output: File to write, *.pt2 or *.onnx; it maps a batch of any size to probabilities,
-            prediction, confidence and whether to accept it.
-        base: What builds the base, since a saved duo holds weights but no code: a timm name
-            (resnet34), torchvision/NAME, or MODULE:FUNCTION, a class or function of a Python file
-            that gives the model when called without arguments (my_models:Classifier).
-        sidekick: What builds the sidekick, likewise; behind a transform it is a function that gives
-            nn.Sequential(transform, model).
-        input_size: Size of one sample of floating-point numbers, such as 3x224x224. Duos of token
-            ids are exported in Python, by lightning_duo.export.export_duo.
-        format: program (torch.export), aoti (compiled by AOTInductor for this machine's kind of
-            processor) or onnx. By default onnx for *.onnx, else program.
-        dtype: Precision of weights and inputs.
-        device: Device that the file is to run on.
-    """
-    import torch
-
-    from lightning_duo.export import export_duo
-    from lightning_duo.module import DuoModule
-
-    sizes = parse_size(input_size)
-    models = build_part("base", base, duo), build_part("sidekick", sidekick, duo)
-    module = DuoModule.load(duo, *models).to(device, getattr(torch, dtype))
-    example = torch.zeros(2, *sizes, device=device, dtype=getattr(torch, dtype))
-    chosen = format or ("onnx" if Path(output).suffix == ".onnx" else "program")
-    path = export_duo(module, output, example, format=chosen)
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, {chosen})")

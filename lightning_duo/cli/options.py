@@ -1,5 +1,6 @@
 """What options of the command line name: models, sizes, and files to write."""
 
+import inspect
 import math
 import os
 from importlib import import_module
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
     from torch import nn
+
+    from lightning_duo.callback import Saved
 
 # Torch is imported where it is used: --help should not wait for it.
 
@@ -103,6 +107,35 @@ def build_part(part: str, spec: str, duo: str) -> "nn.Module":
             "nn.Sequential(transform, model)"
         )
     return build_model(part, spec, shapes[f"{part}.{name}"][0])
+
+
+def built_in_run(
+    model: str, saved: "Saved", given: dict[str, str | None]
+) -> "tuple[LightningModule | type[LightningModule], dict[str, Any]]":
+    """The base of a run, and the arguments that its `DuoCallback` had.
+
+    Args:
+        model: MODULE:NAME of the base, a class of LightningModule or a function.
+        saved: The run's checkpoint.
+        given: MODULE:NAME, or None, of each argument that only the user has.
+    """
+    from lightning.pytorch import LightningModule
+
+    base = named("model", model)
+    if not (isinstance(base, type) and issubclass(base, LightningModule)):
+        base = called("model", model)
+    if not (isinstance(base, LightningModule) or isinstance(base, type)):
+        raise ValueError(f"--model {model} must give a LightningModule, got {type(base).__name__}")
+    values: dict[str, Any] = {
+        option: named(option, spec) if spec and is_function(spec) else spec
+        for option, spec in given.items()
+    }
+    transform, sidekick = values["sidekick_transform"], values["sidekick"]
+    if isinstance(transform, type):
+        values["sidekick_transform"] = transform()
+    if callable(sidekick) and not inspect.signature(sidekick).parameters:
+        values["sidekick"] = sidekick()
+    return base, saved.options(**values)
 
 
 def named(option: str, spec: str) -> Any:

@@ -1,0 +1,154 @@
+"""`lightning-duo sidekick` and `evaluate`: duos of your LightningModule and your data."""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lightning_duo.cli.options import built_in_run, called, check_numbers, check_outputs, named
+
+if TYPE_CHECKING:
+    from lightning_duo.callback import Saved
+
+# Torch and Lightning are imported where they are used: --help should not wait for them.
+
+
+def evaluate(
+    checkpoint: str,
+    *,
+    model: str,
+    data: str,
+    report: str | None = None,
+    sidekick: str | None = None,
+    sidekick_transform: str | None = None,
+    logits_fn: str | None = None,
+    name: str | None = None,
+    weights_only: bool = True,
+    resamples: int | None = None,
+) -> None:
+    """Judge the duo of a run on its test data: a table here, and a report as one HTML file.
+
+    Args:
+        checkpoint: Checkpoint of a run with DuoCallback, *.ckpt. Its temperatures and threshold are
+            used as they are; nothing is fitted.
+        model: MODULE:NAME, the class of your LightningModule if it saves its hyperparameters, or a
+            function of a Python file that gives the module when called without arguments
+            (my_models:Classifier).
+        data: MODULE:NAME, the class of your LightningDataModule, or a function that gives it, or a
+            DataLoader, when called without arguments.
+        report: HTML file to write with figures and intervals; it opens offline.
+        sidekick: MODULE:NAME, if the sidekick was a module of your own: the function that made it,
+            or one without arguments that gives it.
+        sidekick_transform: MODULE:NAME, if the transform was of your own.
+        logits_fn: MODULE:NAME, if the run had one.
+        name: Of the duo, if the run had several.
+        weights_only: false reads a checkpoint with more than tensors and plain types, which may run
+            code that it names.
+        resamples: Resamples of the bootstrap that gives the intervals of the report; by default
+            1000, above 50 000 samples fewer.
+    """
+    from lightning.pytorch import LightningDataModule, Trainer
+
+    from lightning_duo.callback import DuoCallback, Saved
+    from lightning_duo.report import print_summary
+
+    check_numbers({"--resamples": (resamples, 2)})
+    check_outputs({"--report": (report, ".html")})
+    saved = Saved.read(checkpoint, name=name, weights_only=weights_only)
+    given = {"sidekick": sidekick, "sidekick_transform": sidekick_transform, "logits_fn": logits_fn}
+    base, options = built_in_run(model, saved, given)
+    module, _ = saved.base(base)
+    callback = DuoCallback(**options)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    quiet["enable_model_summary"] = False
+    trainer = Trainer(callbacks=[callback], **quiet)
+    source = _data(data, saved)
+    where = "datamodule" if isinstance(source, LightningDataModule) else "dataloaders"
+    trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
+    trainer.test(module, **{where: source}, ckpt_path=checkpoint, verbose=False, **trusted)
+    calibration, results = callback.calibration, callback.results.get("test")
+    if calibration is None or results is None:
+        raise ValueError(f"{checkpoint} was saved before the first validation: no temperatures yet")
+    print_summary(results, calibration, data=f"the test data of {data}", balance=callback.balance)
+    if report is not None:
+        print(f"wrote {callback.write_report(report, resamples=resamples)}")
+
+
+def _data(spec: str, saved: "Saved") -> Any:
+    """The data that MODULE:NAME gives; a class gets the hyperparameters that the run has saved."""
+    from lightning.pytorch import LightningDataModule
+
+    make = named("data", spec)
+    known = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY in saved.checkpoint
+    if isinstance(make, type) and issubclass(make, LightningDataModule) and known:
+        trusted: dict[str, Any] = {} if saved.weights_only else {"weights_only": False}
+        return make.load_from_checkpoint(saved.path, **trusted)
+    found = called("data", spec)
+    if not isinstance(found, LightningDataModule | Iterable):
+        raise ValueError(
+            f"--data {spec} must give a LightningDataModule or a DataLoader, got "
+            f"{type(found).__name__}"
+        )
+    return found
+
+
+def sidekick() -> None:
+    """Train a sidekick for a trained base.
+
+    Model, data and trainer are named as for LightningCLI, by options or by a --config file of it;
+    the other options are those of DuoCallback.
+    """
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from lightning_duo.callback import (
+        EPOCHS,
+        DuoCallback,
+        OptimizerFn,
+        SchedulerFn,
+        add_sidekick,
+    )
+
+    class SidekickCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            # Those of LightningCLI are the base's.
+            apart = {"optimizer": OptimizerFn, "lr_scheduler": SchedulerFn}
+            own = parser.add_method_arguments(
+                DuoCallback, "__init__", as_group=False, skip={*apart}
+            )
+            for name, kind in apart.items():
+                parser.add_argument(
+                    f"--sidekick_{name}", type=kind | None, help="Of the sidekick; see DuoCallback."
+                )
+            parser.add_argument(
+                "--ckpt_path", type=str | None, help="Checkpoint of the base, or of a run of this."
+            )
+            parser.add_argument(
+                "--weights_only",
+                type=bool | None,
+                help="false reads a checkpoint that holds more than tensors and plain types.",
+            )
+            self.options = {name: name for name in [*own, "ckpt_path"]}
+            self.options |= {name: f"sidekick_{name}" for name in apart}
+
+    program, *words = sys.argv[0], *sys.argv[2:]
+    sys.argv = [program, *_with_dots(words)]
+    cli = SidekickCLI(
+        run=False,
+        trainer_defaults={"max_epochs": EPOCHS},
+        parser_kwargs={"prog": "lightning-duo sidekick", "description": sidekick.__doc__},
+    )
+    options = {name: cli.config_init[key] for name, key in cli.options.items()}
+    options["weights_only"] = cli.config_init["weights_only"] is not False
+    add_sidekick(cli.model, cli.datamodule, trainer=cli.trainer, **options)
+    saver: Any = cli.trainer.checkpoint_callback
+    path = saver and (saver.best_model_path or saver.last_model_path)
+    if path and cli.trainer.is_global_zero:
+        print(f"wrote {path}")
+
+
+def _with_dots(words: list[str]) -> list[str]:
+    """The words of a command line in which classes are named as LightningCLI names them."""
+    before = ["", *words]
+    return [
+        word.replace(":", ".", 1) if previous in ("--model", "--data") else word
+        for previous, word in zip(before, words, strict=False)
+    ]
