@@ -37,7 +37,8 @@ def fingerprint(module: nn.Module) -> int | None:
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
     sums = [
-        tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum()
+        # Summed at once, whole numbers would be widened at once too.
+        torch.stack([part.sum() for part in _bits(tensor.detach())]).sum()
         for tensor in (*module.parameters(), *statistics)
         if tensor is not None and not (tensor.is_complex() or tensor.is_meta or is_lazy(tensor))
     ]
@@ -63,19 +64,22 @@ def exact_fingerprint(module: nn.Module) -> int | None:
     if is_sharded(module):
         return None
     found = 0
+    odd: dict[torch.device, Tensor] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided:
             continue
         real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-        bits = real.contiguous().flatten().view(_INTEGERS[real.element_size()])
-        sums = [_weighted_sum(part) for part in torch.split(bits, CHUNK)]
-        for value in (tensor.numel(), *(torch.stack(sums).tolist() if sums else ())):
+        if real.device not in odd:
+            places = torch.arange(CHUNK, device=real.device)
+            odd[real.device] = 2 * (places * 0x5851F42D + places * places) + 1
+        # Each number counts an odd number of times that tells its place.
+        sums = [(part * odd[real.device][: len(part)]).sum() for part in _bits(real)]
+        for value in (tensor.numel(), *torch.stack(sums).tolist()):
             found = (found * 1_000_003 + value) % (2**61 - 1)
     return found
 
 
-def _weighted_sum(bits: Tensor) -> Tensor:
-    """Sum of integers, each times an odd number of its place, modulo 2^64."""
-    places = torch.arange(len(bits), device=bits.device)
-    odd = 2 * (places * 0x5851F42D + places * places) + 1
-    return (bits.long() * odd).sum()
+def _bits(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor's bits as whole numbers, in chunks."""
+    bits = tensor.contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+    return torch.split(bits, CHUNK)
