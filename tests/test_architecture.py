@@ -19,7 +19,7 @@ FLOORS = {
 
 
 # Files that import what users name, or what stands above them when it is asked for.
-LAZY = ("__init__.py", "cli/options.py", "callback/plain.py", "lightning_duo/module.py")
+LAZY = ("__init__.py", "cli/options.py", "lightning_duo/plain.py", "lightning_duo/module.py")
 
 
 def imports(path: Path) -> set[str]:

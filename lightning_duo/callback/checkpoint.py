@@ -12,11 +12,11 @@ from lightning_duo._version import __version__
 from lightning_duo.calibration import Calibration
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.learnt import Learnt, Stage
-from lightning_duo.callback.plain import call_state
 from lightning_duo.callback.reading import Reading
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.callback.training import Progress
+from lightning_duo.plain import call_state
 
 STATE_VERSION = 3
 COUNTED = ("updates", "batches", "probe_updates")

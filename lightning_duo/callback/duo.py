@@ -14,7 +14,6 @@ from lightning_duo.callback.deploy import described, duo_of, report_of
 from lightning_duo.callback.fitted import BestSidekick
 from lightning_duo.callback.hooks import Hooks
 from lightning_duo.callback.options import (
-    MEMORY,
     METRICS,
     MetricNames,
     OptimizerFn,
@@ -24,6 +23,7 @@ from lightning_duo.callback.options import (
 from lightning_duo.callback.training import Progress
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
+from lightning_duo.logits import MEMORY
 from lightning_duo.module import DuoModule
 from lightning_duo.tasks import Task
 from lightning_duo.temperature import TemperatureFit

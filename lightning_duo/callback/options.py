@@ -15,6 +15,7 @@ from lightning_duo.base import LogitsFn
 from lightning_duo.batch import BatchFn
 from lightning_duo.calibration import check_request
 from lightning_duo.evaluation import MEASURES
+from lightning_duo.logits import MEMORY
 from lightning_duo.report import check_matplotlib
 from lightning_duo.tasks import Classes, Labels, Task
 from lightning_duo.zoo import SidekickSource, check_source
@@ -23,7 +24,6 @@ OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFn: TypeAlias = Callable[[Optimizer], LRScheduler]
 MetricNames: TypeAlias = Literal["all"] | Sequence[str]
 
-MEMORY = 10**9  # bytes of rows that a validation keeps and judges, over all processes
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc", "sac98")  # logged by default
 FORMS = ("base", "base_scaled", "sidekick", "duo")  # whose metrics are logged
 

@@ -21,10 +21,10 @@ from lightning_duo.callback.checkpoint import (
 from lightning_duo.callback.deploy import duo_of
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
-from lightning_duo.callback.plain import call_of, transform_of
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.module import DuoModule
+from lightning_duo.plain import call_of, transform_of
 from lightning_duo.saved import eager_name
 from lightning_duo.zoo import SidekickSource
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_duo.base import Call
 from lightning_duo.callback.fitted import BestSidekick, Fitted
-from lightning_duo.callback.inputs import first_input
 from lightning_duo.callback.learnt import Learnt, Stage
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
@@ -19,6 +18,7 @@ from lightning_duo.callback.step import Step
 from lightning_duo.callback.training import Progress, Training
 from lightning_duo.cost import Cost
 from lightning_duo.evaluation import Predictions
+from lightning_duo.inputs import first_input
 from lightning_duo.tasks import Classes, Labels, Task
 
 UNKNOWN = -1  # no fingerprint is negative

@@ -9,10 +9,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_duo.callback.items import Draws, Origins
-from lightning_duo.callback.kept import LEVELS, Kept, NewTally, Sample, row_keys
-from lightning_duo.callback.options import MEMORY
 from lightning_duo.callback.processes import Group
-from lightning_duo.logits import Logits
+from lightning_duo.logits import LEVELS, MEMORY, Kept, Logits, NewTally, Sample, row_keys
 from lightning_duo.nested import Path, path_text
 
 SLACK = 1.5  # as many times its share of the memory a process may fill until all agree

@@ -11,10 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lightning_duo.base import Call
-from lightning_duo.callback.inputs import Calling
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.outputs import check_no_probabilities, run_sidekick
+from lightning_duo.inputs import Calling
 from lightning_duo.isolation import evaluating, own_stream
 from lightning_duo.nested import mapped
 from lightning_duo.tasks import Labels, Task
@@ -155,7 +155,7 @@ class Sidekick:
         given = options.sidekick_transform
         if isinstance(given, nn.Module):
             (given,) = copies(given)  # it may keep statistics, which are this run's
-        self.calling = Calling(model, base, given, messages)
+        self.calling = Calling(model, base, given, messages.info)
 
     @classmethod
     def build(

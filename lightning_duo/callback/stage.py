@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_duo.callback.found import Found, both, together
-from lightning_duo.callback.kept import Sample
 from lightning_duo.callback.learnt import Stage as StepOf
 from lightning_duo.callback.log import Judged, MetricLog
 from lightning_duo.callback.processes import Processes, agree
@@ -17,6 +16,7 @@ from lightning_duo.callback.samples import Collected, running_loaders
 from lightning_duo.callback.step import Step
 from lightning_duo.evaluation import DuoMetrics, Tally
 from lightning_duo.isolation import own_stream
+from lightning_duo.logits import Sample
 from lightning_duo.nested import Path
 
 

@@ -11,11 +11,11 @@ from lightning_duo.calibration import choose_threshold
 from lightning_duo.callback.fingerprint import fingerprint
 from lightning_duo.callback.fitted import BestSidekick, Fitted
 from lightning_duo.callback.found import Found
-from lightning_duo.callback.kept import Sample
 from lightning_duo.callback.log import stage_name, without
 from lightning_duo.callback.run import Run
 from lightning_duo.callback.stage import Stage
 from lightning_duo.evaluation import DuoMetrics, Tally, single_forms
+from lightning_duo.logits import Sample
 from lightning_duo.temperature import TemperatureFit, Temperatures, fit_temperatures
 from lightning_duo.temperature.samples import check_samples
 

@@ -2,5 +2,17 @@
 
 from lightning_duo.logits.check import Logits, check_logits, read_logits
 from lightning_duo.logits.collect import collect_logits
+from lightning_duo.logits.kept import LEVELS, MEMORY, Kept, NewTally, Sample, row_keys
 
-__all__ = ["Logits", "check_logits", "collect_logits", "read_logits"]
+__all__ = [
+    "LEVELS",
+    "MEMORY",
+    "Kept",
+    "Logits",
+    "NewTally",
+    "Sample",
+    "check_logits",
+    "collect_logits",
+    "read_logits",
+    "row_keys",
+]

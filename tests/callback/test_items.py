@@ -24,9 +24,9 @@ from torch.utils.data import (
     Sampler,
 )
 
-from lightning_duo.callback.kept import Sample
 from lightning_duo.callback.processes import Group
 from lightning_duo.callback.samples import Collected
+from lightning_duo.logits import Sample
 
 ROW = 2 * 2 * 4 + 3 * 8  # bytes of a row of two classes: logits, target, item and key
 

@@ -21,10 +21,9 @@ from torch.utils.data import (
 )
 
 from lightning_duo import DuoCallback
-from lightning_duo.callback.kept import row_keys
 from lightning_duo.callback.samples import Collected, running_loaders
 from lightning_duo.evaluation import BYTES_OF_A_ROW
-from lightning_duo.logits import Logits
+from lightning_duo.logits import Logits, row_keys
 
 # Bytes of a row of two classes: logits, target, item and key, and what is said of it.
 ROW = 2 * 2 * 4 + 3 * 8 + BYTES_OF_A_ROW

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_duo import DuoCallback
-from lightning_duo.callback.inputs import input_transform
+from lightning_duo.inputs import input_transform
 from lightning_duo.zoo import build_sidekick, head_parameters
 
 X = torch.randn(2, 3, 64, 64)

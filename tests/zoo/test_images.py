@@ -9,7 +9,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_duo.callback.inputs import input_transform
+from lightning_duo.inputs import input_transform
 from lightning_duo.zoo import build_sidekick
 
 SMALL = "resnet10t"

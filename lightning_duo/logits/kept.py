@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_duo.evaluation import BYTES_OF_A_ROW, Tally
-from lightning_duo.logits import Logits
+from lightning_duo.logits.check import Logits
 
 LEVELS = 63  # bits of a key
+MEMORY = 10**9  # bytes of rows that are kept and judged
 NewTally: TypeAlias = Callable[[int], Tally]
 """Number of classes -> a tally of the forms that are to be measured on all rows."""
 

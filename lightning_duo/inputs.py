@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_duo.base import Call, Fitting, as_module
-from lightning_duo.callback.messages import Messages
-from lightning_duo.callback.plain import transform_of, transform_state
+from lightning_duo.plain import transform_of, transform_state
 from lightning_duo.text import call_fitting
 from lightning_duo.zoo import data_config
 
@@ -68,7 +67,7 @@ class Calling:
         model: The sidekick's model.
         base: The base.
         given: The user's transform of the first argument, or None.
-        messages: Where to say what the inputs go through.
+        say: Tells the user what the inputs go through.
     """
 
     def __init__(
@@ -76,9 +75,9 @@ class Calling:
         model: nn.Module,
         base: nn.Module,
         given: Callable[[Any], Any] | None,
-        messages: Messages,
+        say: Callable[[str], None],
     ) -> None:
-        self.model, self.base, self.messages = model, base, messages
+        self.model, self.base, self.say = model, base, say
         # Whether images are resized first -> what the inputs go through; known when first needed.
         self._transforms: dict[bool, Callable[[Any], Any] | None]
         self._transforms = {} if given is None else {False: given, True: given}
@@ -107,7 +106,7 @@ class Calling:
         dropped = call_fitting(self.model, call.args, call.kwargs, base=base).dropped
         for name in dropped:
             if name not in fitting.dropped:
-                self.messages.info(f"the sidekick is called without {name}, which it does not take")
+                self.say(f"the sidekick is called without {name}, which it does not take")
         fitting.dropped.update(dropped)
         self._fits &= fitting.call(call) is call
 
@@ -116,7 +115,7 @@ class Calling:
         if resized not in self._transforms:
             found = self._transforms[resized] = input_transform(self.model, self.base, inputs)
             if found is not None:
-                self.messages.info(f"the sidekick sees the base's inputs through {found}")
+                self.say(f"the sidekick sees the base's inputs through {found}")
         return self._transforms[resized]
 
     def _must_resize(self, inputs: Any) -> bool:
