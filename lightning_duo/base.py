@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_duo.batch import describe
+from lightning_duo.batch import arguments_of, describe
 from lightning_duo.nested import Path, at, leaves
 
 LogitsFn = Callable[..., Tensor]
@@ -223,7 +223,7 @@ class Fitting(nn.Module):
         self.model, self.dropped = model, set(dropped)
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
-        taken = inspect.signature(model.forward).parameters
+        taken = arguments_of(model)
         any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
         self._names = None if any_name else frozenset(taken)
 

@@ -1,9 +1,11 @@
 """From a user's batch to inputs and targets."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 INPUT_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
@@ -76,6 +78,22 @@ def read_inputs(batch: Any) -> Any:
             "be Call(args, kwargs) of lightning_duo.base where the models take several arguments"
         )
     return inputs
+
+
+def arguments_of(model: nn.Module) -> Mapping[str, Parameter]:
+    """The arguments of a model's forward, by name; any at all of one that does not tell.
+
+    Args:
+        model: Also one that `torch.compile` has made, which is looked into.
+
+    Example:
+        >>> list(arguments_of(nn.Bilinear(2, 2, 2)))
+        ['input1', 'input2']
+    """
+    try:
+        return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    except ValueError:  # of a traced one
+        return inspect.signature(lambda *args, **kwargs: None).parameters
 
 
 def describe(value: Any) -> str:

@@ -224,13 +224,17 @@ def task_of(logits: Tensor, targets: Tensor, *, labels: bool = False) -> Task:
     whole = not targets.is_floating_point() and targets.dtype != torch.bool
     if labels and targets.numel() == logits.numel():
         return Labels()
-    if logits.ndim >= 2 and logits.shape[1] > 1:
-        if targets.shape == logits.shape and targets.is_floating_point() and logits.ndim == 2:
+    if logits.ndim == 2 and logits.shape[1] > 1:
+        if targets.shape == logits.shape and targets.is_floating_point():
             return Classes()
-        if whole and targets.shape == (logits.shape[0], *logits.shape[2:]):
-            return Classes()
-    if logits.ndim >= 3 and logits.shape[-1] > 1 and whole and targets.shape == logits.shape[:-1]:
-        return Classes(dim=-1)
+    dims = dict.fromkeys((1, logits.ndim - 1)) if whole and logits.ndim > 1 else ()
+    fits = [
+        dim
+        for dim in dims
+        if logits.shape[dim] > 1 and targets.shape == logits.shape[:dim] + logits.shape[dim + 1 :]
+    ]
+    if len(fits) == 1:  # else the sizes of both dimensions are the same
+        return Classes(dim=1 if fits == [1] else -1)
     raise ValueError(
         f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} of {targets.dtype} do "
         "not say what is to be decided: a duo needs logits of K >= 2 classes and one class index "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_duo.batch import arguments_of
 from lightning_duo.isolation import evaluating, own_stream
 
 SPECIAL = ("pad", "bos", "cls", "eos", "sep", "unk", "mask")
@@ -71,19 +72,15 @@ def call_fitting(
         >>> call_fitting(OfIds(), (), {"input_ids": 0, "attention_mask": 1, "token_type_ids": 2})
         Call(args=(), kwargs={'input_ids': 0, 'attention_mask': 1}, dropped=('token_type_ids',))
     """
-    taken = _parameters(model)
+    taken = arguments_of(model)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
         return Call(args, dict(kwargs), ())
-    given = {} if base is None else _parameters(base)
+    given = {} if base is None else arguments_of(base)
     defaults = {key for key, p in given.items() if p.default is not inspect.Parameter.empty}
     # Models of transformers declare even their inputs as optional.
     optional = OPTIONAL | defaults - {getattr(base, "main_input_name", None)}
     dropped = tuple(key for key in kwargs if key in optional and key not in taken)
     return Call(args, {key: kwargs[key] for key in kwargs if key not in dropped}, dropped)
-
-
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
 
 
 def check_tokens(base: nn.Module, sidekick: nn.Module) -> list[str]:
