@@ -50,6 +50,26 @@ def read_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, targets
 
 
+def check_read(found: Any) -> tuple[Any, Tensor]:
+    """What ``batch_fn`` returned, if it is (inputs, targets).
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
+        raise ValueError(
+            f"batch_fn must return (inputs, targets), got {what}; return two values, as in "
+            "batch_fn=lambda batch: (batch[0], batch[1])"
+        )
+    if not isinstance(found[1], Tensor):
+        raise ValueError(
+            "batch_fn must return (inputs, targets) with a tensor of targets, got "
+            f"{type(found[1]).__name__}; make one of them, as in torch.tensor(batch[1])"
+        )
+    return found[0], found[1]
+
+
 def read_inputs(batch: Any) -> Any:
     """Inputs of a batch that may have no targets.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_duo.base import Call, call_base
-from lightning_duo.batch import describe, read_batch
+from lightning_duo.batch import check_read, describe, read_batch
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
 from lightning_duo.callback.watch import Called
@@ -46,8 +46,7 @@ class Guess:
         else:
             with own_stream(next((p.device for p in module.parameters()), torch.device("cpu"))):
                 found = options.batch_fn(batch)
-        _check_read(found)
-        self.inputs, self.targets = found
+        self.inputs, self.targets = check_read(found)
         if first and options.batch_fn is None:
             self._say_what_was_taken(batch)
 
@@ -201,21 +200,6 @@ def plain_logits(output: Any) -> Tensor | None:
         output = getattr(output, "logits", None)
     is_logits = isinstance(output, Tensor) and output.ndim >= 1 and output.is_floating_point()
     return output if is_logits else None
-
-
-def _check_read(found: Any) -> None:
-    """Raise ValueError if what ``batch_fn`` returned is no (inputs, targets)."""
-    if not isinstance(found, tuple | list) or len(found) != 2 or found[0] is None:
-        what = f"{len(found)} values" if isinstance(found, tuple | list) else describe(found)
-        raise ValueError(
-            f"batch_fn must return (inputs, targets), got {what}; return two values, as in "
-            "batch_fn=lambda batch: (batch[0], batch[1])"
-        )
-    if not isinstance(found[1], Tensor):
-        raise ValueError(
-            "batch_fn must return (inputs, targets) with a tensor of targets, got "
-            f"{type(found[1]).__name__}; make one of them, as in torch.tensor(batch[1])"
-        )
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_duo.base import Call
-from lightning_duo.batch import BatchFn
+from lightning_duo.batch import BatchFn, check_read
 from lightning_duo.logits.check import Logits
 from lightning_duo.logits.decisions import Decisions
 from lightning_duo.logits.kept import MEMORY
-from lightning_duo.logits.models import Models, say, warn
+from lightning_duo.logits.messages import say, warn
+from lightning_duo.logits.models import Models
 from lightning_duo.logits.progress import progress_bar
 from lightning_duo.logits.read import read_call
 from lightning_duo.nested import Path
@@ -89,7 +90,9 @@ def collect_logits(
     models, decisions = Models(base, sidekick, logits_at), Decisions(task, memory)
     with models.unchanged(), progress_bar(data, "collecting logits") as batches:
         for batch in batches:
-            inputs, targets = read_call(batch, base) if batch_fn is None else batch_fn(batch)
+            inputs, targets = (
+                read_call(batch, base) if batch_fn is None else check_read(batch_fn(batch))
+            )
             decisions.add(*models.logits(Call.with_input(inputs)), targets)
     sample = decisions.sample()
     rows = len(sample.logits.targets)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_duo.batch import describe
 from lightning_duo.logits.check import Logits
 from lightning_duo.logits.kept import LEVELS, Kept, Sample, row_keys
 from lightning_duo.tasks import Classes, Labels, Rows, Task, task_of
@@ -124,11 +123,6 @@ def _ignoring(task: Task) -> Task:
 
 def _checked_targets(targets: Tensor, base: Tensor) -> Tensor:
     """Targets on the CPU, whole numbers as int64: in a smaller type -100 may be another number."""
-    if not isinstance(targets, Tensor):
-        raise ValueError(
-            "batch_fn must return (inputs, targets) with a tensor of targets, got "
-            f"{describe(targets)}"
-        )
     if targets.shape[:1] != base.shape[:1]:
         raise ValueError(
             f"a batch has {len(targets) if targets.ndim else 'no'} targets, but the base gives "

@@ -1,6 +1,5 @@
 """Base and sidekick, called for one batch after the other as in a run."""
 
-import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from lightning_duo.base import Call, has_forward, logits_in, logits_like
 from lightning_duo.batch import describe
 from lightning_duo.inputs import Calling
 from lightning_duo.isolation import evaluating, own_stream, unnoticed
+from lightning_duo.logits.messages import say, warn
 from lightning_duo.logits.read import REMEDY
 from lightning_duo.nested import Path, leaves, mapped
 from lightning_duo.text import check_tokens
@@ -62,8 +62,7 @@ class Models:
         Raises:
             ValueError: If a model cannot run it or gives no logits, or their shapes differ.
         """
-        # The base gets a copy: one that begins with an operation in place would change the other's.
-        base = self._run("base", self.base, mapped(call, Tensor.clone), self.devices[0])
+        base = self._run("base", self.base, call, self.devices[0])
         first = _checked("base", logits_in(base, self.logits_at), base)
         sidekick = self._run("sidekick", self.sidekick, self.calling.of(call), self.devices[1])
         second = _checked("sidekick", logits_like(first, sidekick, self.logits_at), sidekick)
@@ -71,7 +70,8 @@ class Models:
 
     def _run(self, name: str, model: nn.Module, call: Call, device: torch.device) -> Any:
         try:
-            return mapped(call, lambda x: x.to(device)).of(model)
+            # A copy: a model that begins with an operation in place would change the data.
+            return mapped(call, lambda x: x.to(device, copy=True)).of(model)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model may raise
@@ -82,18 +82,6 @@ class Models:
             raise ValueError(
                 f"the {name} cannot run {seen}: {type(error).__name__}: {error}; {remedy}"
             ) from error
-
-
-def say(text: str) -> None:
-    """Log a line, as the Trainer does."""
-    from lightning.pytorch.utilities import rank_zero_info  # the command line needs no Lightning
-
-    rank_zero_info(f"collect_logits: {text}")
-
-
-def warn(text: str) -> None:
-    """Warn of what is probably a mistake."""
-    warnings.warn(f"collect_logits: {text}", stacklevel=3)
 
 
 def _device_of(name: str, model: nn.Module) -> torch.device:

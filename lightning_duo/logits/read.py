@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_duo.base import Call
 from lightning_duo.batch import INPUT_KEYS, TARGET_KEYS, arguments_of, describe, read_batch
+from lightning_duo.logits.messages import warn
 from lightning_duo.nested import parts, without
 
 REMEDY = (
@@ -108,18 +108,15 @@ def _of_places(batch: Sequence[Any], takes: Takes) -> tuple[Call, Tensor]:
         inputs, targets = read_batch(batch)
         _warn_of_others(batch, 1)
         return _of_inputs(inputs, takes), targets
-    if fewest != most:
+    places = [i for i in range(fewest, int(most) + 1) if isinstance(batch[i], Tensor)]
+    if len(places) != 1:
         raise ValueError(
             f"a batch has {len(batch)} parts and the forward of the base has the arguments "
-            f"{list(takes.names)}, so it is not clear which part holds the targets; {REMEDY}"
+            f"{list(takes.names)}, so it is not clear which part is the tensor of targets; {REMEDY}"
         )
-    if not isinstance(batch[fewest], Tensor):
-        raise ValueError(
-            f"the base takes {fewest} arguments, so part {fewest} of a batch (counted from 0) must "
-            f"be the targets, a tensor; got {describe(batch[fewest])}; {REMEDY}"
-        )
-    _warn_of_others(batch, fewest)
-    return Call(tuple(batch[:fewest]), {}), batch[fewest]
+    (place,) = places
+    _warn_of_others(batch, place)
+    return Call(tuple(batch[:place]), {}), batch[place]
 
 
 def _of_inputs(inputs: Any, takes: Takes) -> Call:
@@ -179,10 +176,9 @@ def _warn_of_others(batch: Sequence[Any], place: int) -> None:
     y = batch[place]
     others = [x for x in batch[place + 1 :] if isinstance(x, Tensor) and x.shape == y.shape]
     if any(not x.is_floating_point() for x in others):
-        warnings.warn(
+        warn(
             f"part {place} of a batch (counted from 0) is taken for the targets, although others "
-            "have its shape; pass batch_fn=lambda batch: (inputs, targets) if one of them is meant",
-            stacklevel=5,
+            "have its shape; pass batch_fn=lambda batch: (inputs, targets) if one of them is meant"
         )
 
 

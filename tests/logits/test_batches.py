@@ -109,6 +109,7 @@ READ = {
     "list": (One, [X, Y], WITHOUT),
     "path behind": (One, (X, Y, NAMES), WITHOUT),
     "one of two": (Two, (X, Y), WITHOUT),
+    "one of two, path behind": (Two, (X, Y, NAMES), WITHOUT),
     "two inputs": (Both, (X, EXTRA, Y), WITH),
     "two inputs, path behind": (Both, (X, EXTRA, Y, NAMES), WITH),
     "inputs in a tuple": (Both, ((X, EXTRA), Y), WITH),
@@ -216,7 +217,7 @@ REFUSED: dict[str, tuple[type[nn.Module], Any, str, Callable[[Any], Any] | None]
     "a list of targets": (
         Both,
         (X, EXTRA, Y.tolist()),
-        r"part 2 .*a tensor; got list.*batch_fn=",
+        r"3 parts.*which part is the tensor of targets.*batch_fn=",
         lambda b: (Call((b[0], b[1]), {}), torch.tensor(b[2])),
     ),
     "one input too few": (
@@ -257,6 +258,29 @@ def test_what_cannot_be_read_is_refused_and_the_remedy_helps(name: str) -> None:
     several = len(inspect.signature(base.forward).parameters) > 1 or kind is OfGraph
     torch.testing.assert_close(found.base, base.net(WITH if several else X).detach()[count])
     assert torch.equal(found.targets, Y[count])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [((X, Y, X), "got 3 values"), ((X, [0, 1]), "got list"), (X, "got torch")]
+)
+def test_a_batch_fn_that_gives_something_else(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"batch_fn must return .*{message}"):
+        collected(One(), (X, Y), batch_fn=lambda batch: given)
+
+
+class InPlace(One):
+    """Begins with an operation in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(2))
+
+
+def test_the_data_stay_as_they_are() -> None:
+    x = X.clone()
+    found = collected(InPlace(), (x, Y))
+    assert torch.equal(x, X)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found.sidekick, InPlace().net(2 * X).detach())
 
 
 def test_a_second_part_that_is_a_guess_is_warned_of() -> None:
