@@ -2,11 +2,10 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from lightning_duo._version import __version__
 from lightning_duo.evaluation import Predictions
@@ -47,7 +46,9 @@ class Calibration:
         """The duo's temperatures."""
         return self.fit.temperatures
 
-    def module(self, base: nn.Module, sidekick: nn.Module, *, logits_at: Keys = ()) -> DuoModule:
+    def module(
+        self, base: Callable[..., Any], sidekick: Callable[..., Any], *, logits_at: Keys = ()
+    ) -> DuoModule:
         """The duo of these models, in eval mode; it shares their weights.
 
         Args:

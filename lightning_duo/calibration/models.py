@@ -1,9 +1,7 @@
 """A duo of two trained models and a DataLoader, without training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-
-from torch import nn
 
 from lightning_duo.batch import BatchFn
 from lightning_duo.calibration.calibration import Calibration
@@ -24,8 +22,8 @@ class CalibratedModels(NamedTuple):
 
 
 def calibrate_models(
-    base: nn.Module,
-    sidekick: nn.Module,
+    base: Callable[..., Any],
+    sidekick: Callable[..., Any],
     data: Iterable[Any],
     *,
     target_accuracy: float | None = None,

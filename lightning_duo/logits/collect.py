@@ -1,6 +1,6 @@
 """Logits of two trained models on the same samples, from the models."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class CollectedLogits(Logits):
 
 
 def collect_logits(
-    base: nn.Module,
-    sidekick: nn.Module,
+    base: Callable[..., Any],
+    sidekick: Callable[..., Any],
     data: Iterable[Any],
     *,
     batch_fn: BatchFn | None = None,
@@ -91,7 +91,7 @@ def collect_logits(
     with models.unchanged(), progress_bar(data, "collecting logits") as batches:
         for batch in batches:
             inputs, targets = (
-                read_call(batch, base) if batch_fn is None else check_read(batch_fn(batch))
+                read_call(batch, models.base) if batch_fn is None else check_read(batch_fn(batch))
             )
             decisions.add(*models.logits(Call.with_input(inputs)), targets)
     sample = decisions.sample()

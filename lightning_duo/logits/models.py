@@ -1,13 +1,13 @@
 """Base and sidekick, called for one batch after the other as in a run."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_duo.base import Call, has_forward, logits_in, logits_like
+from lightning_duo.base import Call, as_module, has_forward, logits_in, logits_like
 from lightning_duo.batch import describe
 from lightning_duo.inputs import Calling
 from lightning_duo.isolation import evaluating, own_stream, unnoticed
@@ -21,8 +21,8 @@ class Models:
     """A trained base and a trained sidekick.
 
     Args:
-        base: The base.
-        sidekick: The sidekick; it may be on another device.
+        base: The base, or any callable in its place.
+        sidekick: The sidekick, likewise; it may be on another device.
         logits_at: Where the logits are in what the models return, as of `DuoModule`.
 
     Raises:
@@ -30,7 +30,10 @@ class Models:
             the base's tokens.
     """
 
-    def __init__(self, base: nn.Module, sidekick: nn.Module, logits_at: Path) -> None:
+    def __init__(
+        self, base: Callable[..., Any], sidekick: Callable[..., Any], logits_at: Path
+    ) -> None:
+        base, sidekick = as_module(base), as_module(sidekick)
         if not has_forward(getattr(base, "_orig_mod", base)):  # of a compiled one
             raise ValueError(
                 f"{type(base).__name__} has no forward; pass the part of it that gives logits, or "

@@ -222,3 +222,20 @@ def test_of_large_sets_a_sample_fits() -> None:
     some = calibrate_models(base, sidekick, [(x, y)], memory=1_000_000)
     assert 1000 < some.calibration.samples < whole.calibration.samples == 7500
     assert some.calibration.fit.nll == pytest.approx(whole.calibration.fit.nll, rel=0.1)
+
+
+def test_a_base_behind_a_service_is_any_callable() -> None:
+    """A function that answers with lists of numbers, as the client of a service may."""
+    base, sidekick = nn.Linear(8, 3), nn.Linear(8, 3)
+    x = torch.randn(120, 8)
+    batches = [(part, base(part).argmax(1)) for part in x.split(50)]
+
+    def client(inputs: Tensor) -> list:
+        return base(inputs).tolist()
+
+    duo, calibration = calibrate_models(client, sidekick, batches)
+    same, expected = calibrate_models(base, sidekick, batches)
+    assert calibration.temperatures == pytest.approx(expected.temperatures, rel=1e-4)
+    torch.testing.assert_close(duo(x).probs, same(x).probs, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match=r"plain callable, .*client.*which no file can hold"):
+        export_duo(duo, "duo.pt2", x)
