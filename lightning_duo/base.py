@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,10 +182,10 @@ class Function(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.function(*args, **kwargs)
-        numbers = isinstance(output, np.ndarray) or (
-            isinstance(output, list) and not any(leaves(output))
-        )
-        return torch.as_tensor(output) if numbers else output
+        if isinstance(output, np.ndarray | list) and not any(leaves(output)):
+            with suppress(TypeError, ValueError):  # of what are no numbers
+                return torch.as_tensor(output)
+        return output
 
 
 def as_module(model: Callable[..., Any]) -> nn.Module:
