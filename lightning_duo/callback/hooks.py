@@ -58,8 +58,8 @@ class Hooks(Callback):
         if stage == "fit" and is_trained(pl_module) and step_of_user(pl_module) is None:
             self._trained = Trained(pl_module, trainer)
             self._run.messages.info(
-                "no parameter of the base is to be trained, so it stays as it is, in eval mode, "
-                "and only the sidekick learns"
+                "the base is not trained: it stays as it is, in eval mode, and only the sidekick "
+                "learns"
             )
 
     @override
@@ -67,6 +67,11 @@ class Hooks(Callback):
         check_monitors(trainer, self.options)
         if self._trained is not None:
             warn_of_constant_monitors(trainer, self.options, self._run.messages)
+            if self._trained.begin():
+                self._run.messages.warn(
+                    f"precision={trainer.precision!r} has rounded the base's weights, as it does in "
+                    'every run; to leave them as they are, use "16-mixed" or "bf16-mixed"'
+                )
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,6 +82,11 @@ class Hooks(Callback):
         # Here and not before: callbacks that average weights write them at the end of training.
         self._run.warn_if_stale()
         self._run.say_notes()
+        if self._trained is not None and not self._run.was_trained:
+            self._run.messages.warn(
+                "the sidekick has learnt nothing: the Trainer had no batches, or had reached "
+                "max_epochs or max_steps before; pass a new Trainer"
+            )
         if self.options.summary and trainer.is_global_zero:
             show_gain(self._run)
 
@@ -98,9 +108,16 @@ class Hooks(Callback):
         if self._entered not in ("", "predict"):
             leave(self._run, self._entered, failed=failed)
         self._stage, self._entered = None, ""
-        if self._trained is not None:
-            self._trained.leave()
-        self._trained = None
+        trained, self._trained = self._trained, None
+        if trained is not None:
+            trained.leave()
+            now = self._run.left and self._run.left[1]
+            if not failed and trained.fingerprint not in (None, now):
+                self._run.messages.warn(
+                    "the base is no longer as it was: a callback, or a hook of the module itself, "
+                    "has changed its weights or buffers during this fit; leave that callback out "
+                    "of the Trainer"
+                )
 
     # ---- training ----
 
@@ -111,6 +128,8 @@ class Hooks(Callback):
         check_loaders(trainer, self.options)
         self._run.global_step = trainer.global_step
         note_base(self._run)
+        if self._trained is not None and self._run.left is not None:
+            self._trained.fingerprint = self._run.left[1]
 
     @override
     def on_train_batch_start(

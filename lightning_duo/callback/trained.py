@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 MARK = "lightning_duo"  # in the optimizer that only counts, and so in checkpoints
+STAYS = "_lightning_duo_stays"  # in a module that is not to be trained, whatever it wants
 # What a module does around its own training, which does not happen.
 HOOKS = (
     "on_train_start",
@@ -34,9 +35,23 @@ HOOKS = (
 
 
 def is_trained(module: LightningModule) -> bool:
-    """Whether no parameter of a module is to be trained, and it has some."""
+    """Whether a module is not to be trained: it is said so, or no parameter wants a gradient."""
     flags = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(flags) and not any(flags)
+    return STAYS in vars(module) or (bool(flags) and not any(flags))
+
+
+@contextmanager
+def staying(module: LightningModule) -> Iterator[None]:
+    """Around a fit that leaves a module as it is, whatever its parameters want.
+
+    They are not frozen for it: a module may save the weights that want gradients only, or make
+    them in its own set-up.
+    """
+    vars(module)[STAYS] = True
+    try:
+        yield
+    finally:
+        del vars(module)[STAYS]
 
 
 class Trained:
@@ -47,16 +62,18 @@ class Trained:
     work as ever.
 
     Args:
-        module: The user's; none of its parameters wants a gradient.
+        module: The user's.
         trainer: The user's, about to set up its strategy.
     """
 
     def __init__(self, module: LightningModule, trainer: Trainer) -> None:
         self.module, self.strategy = module, trainer.strategy
-        self._modes = [(part, part.training) for part in module.modules()]
+        self.fingerprint: int | None = None
+        """Of the module where its training would begin."""
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._precision = _precision(module)
         self._before = dict(vars(module))
         self._automatic = module.automatic_optimization
-        module.eval()
         module.automatic_optimization = True
         own = vars(module)
         for name in HOOKS:
@@ -77,6 +94,16 @@ class Trained:
         if hasattr(self.strategy, "configure_ddp"):  # there is no gradient to exchange
             vars(self.strategy)["configure_ddp"] = _nothing
 
+    def begin(self) -> bool:
+        """Put the module, which is set up by now, in eval mode.
+
+        Returns:
+            Whether the Trainer's precision has rounded its weights.
+        """
+        self._modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        return _precision(self.module) > self._precision
+
     def leave(self) -> None:
         """Give the module back as it was."""
         own = vars(self.module)
@@ -88,6 +115,12 @@ class Trained:
         vars(self.strategy).pop("configure_ddp", None)
         for part, training in self._modes:
             part.training = training
+
+
+def _precision(module: LightningModule) -> float:
+    """Relative distance of the values that its most precise parameter can have."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return min((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _nothing() -> None:
