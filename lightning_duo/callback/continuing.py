@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_duo.callback.fingerprint import exact_fingerprint
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.run import Run
+from lightning_duo.callback.trained import step_of_user
 
 UNKNOWN = -1  # no fingerprint is negative
 
@@ -88,6 +89,12 @@ def check_restored(run: Run, trainer: Trainer, state_key: str) -> None:
         run.messages.warn(
             "the base has changed since this callback left it; its sidekick is kept for this "
             "validation, and a later fit of this base starts a new one"
+        )
+    still = run.restored and step_of_user(run.base) is not None
+    if still and run.fitted is not None and run.fitted.is_stale(run.base):
+        run.messages.warn(
+            "the sidekick was trained beside another base, so the checkpoint that is resumed does "
+            "not hold all of the base; load the base's own checkpoint into it before"
         )
     started, run.dropped = run.dropped, False
     if run.restored or trainer.ckpt_path is None:

@@ -22,6 +22,7 @@ from lightning_duo.callback.requirements import (
     check_loaders,
     check_monitors,
     check_siblings,
+    check_still,
     check_trainer,
     warn_of_constant_monitors,
 )
@@ -56,6 +57,7 @@ class Hooks(Callback):
             self._run = enter(self._run, trainer, pl_module, stage)
         self._entered = stage
         if stage == "fit" and is_trained(pl_module) and step_of_user(pl_module) is None:
+            check_still(trainer)
             self._trained = Trained(pl_module, trainer)
             self._run.messages.info(
                 "the base is not trained: it stays as it is, in eval mode, and only the sidekick "

@@ -23,6 +23,9 @@ from lightning_duo.callback.sidekick import check_model
 from lightning_duo.evaluation import MEASURES
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+# Callbacks of Lightning that change the weights or statistics of the module; not every version has
+# all of them.
+CHANGING = {"BaseFinetuning", "ModelPruning", "StochasticWeightAveraging", "WeightAveraging"}
 
 
 def check_trainer(trainer: Trainer, stage: str, options: Options, messages: Messages) -> None:
@@ -75,6 +78,16 @@ def check_trainer(trainer: Trainer, stage: str, options: Options, messages: Mess
                 'precision "16-mixed" or "bf16-true"'
             )
         _check_fit(trainer, messages)
+
+
+def check_still(trainer: Trainer) -> None:
+    """Refuse callbacks that would change a base that is not trained."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if CHANGING & {kind.__name__ for kind in type(callback).__mro__}:
+            raise MisconfigurationException(
+                f"the base is not trained here, and {type(callback).__name__} would change it; "
+                "leave that callback out of the Trainer"
+            )
 
 
 def check_siblings(callback: Callback, trainer: Trainer) -> None:

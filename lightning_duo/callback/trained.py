@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torchmetrics import Metric
+
+from lightning_duo.callback.fingerprint import is_sharded
 
 MARK = "lightning_duo"  # in the optimizer that only counts, and so in checkpoints
 STAYS = "_lightning_duo_stays"  # in a module that is not to be trained, whatever it wants
@@ -41,13 +44,17 @@ def is_trained(module: LightningModule) -> bool:
 
 
 @contextmanager
-def staying(module: LightningModule) -> Iterator[None]:
+def staying(module: LightningModule, checkpoint: dict[str, Any] | None = None) -> Iterator[None]:
     """Around a fit that leaves a module as it is, whatever its parameters want.
 
     They are not frozen for it: a module may save the weights that want gradients only, or make
     them in its own set-up.
+
+    Args:
+        module: The module.
+        checkpoint: Of a Trainer; its weights are loaded where the module is set up.
     """
-    vars(module)[STAYS] = True
+    vars(module)[STAYS] = checkpoint
     try:
         yield
     finally:
@@ -70,6 +77,7 @@ class Trained:
         self.module, self.strategy = module, trainer.strategy
         self.fingerprint: int | None = None
         """Of the module where its training would begin."""
+        self._checkpoint: dict[str, Any] | None = vars(module).get(STAYS)
         self._modes: list[tuple[nn.Module, bool]] = []
         self._precision = _precision(module)
         self._before = dict(vars(module))
@@ -95,11 +103,14 @@ class Trained:
             vars(self.strategy)["configure_ddp"] = _nothing
 
     def begin(self) -> bool:
-        """Put the module, which is set up by now, in eval mode.
+        """Load the weights of the module, which is set up by now, and put it in eval mode.
 
         Returns:
             Whether the Trainer's precision has rounded its weights.
         """
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None:
+            _load(self.module, checkpoint)
         self._modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()
         return _precision(self.module) > self._precision
@@ -115,6 +126,17 @@ class Trained:
         vars(self.strategy).pop("configure_ddp", None)
         for part, training in self._modes:
             part.training = training
+
+
+def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load weights as the Trainer does, also into a module of which this process has a shard."""
+    module.on_load_checkpoint(checkpoint)
+    weights, strict = checkpoint["state_dict"], module.strict_loading
+    if is_sharded(module):
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(module, weights, options=options)
+    else:
+        module.load_state_dict(weights, strict=strict)
 
 
 def _precision(module: LightningModule) -> float:
