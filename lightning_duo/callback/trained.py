@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torchmetrics import Metric
@@ -101,6 +102,9 @@ class Trained:
         own.update(training_step=no_step, configure_optimizers=counting)
         if hasattr(self.strategy, "configure_ddp"):  # there is no gradient to exchange
             vars(self.strategy)["configure_ddp"] = _nothing
+        if isinstance(self.strategy, ModelParallelStrategy):  # it seeks the number in the module
+            mine = {"optimizer_state": _state_of, "load_checkpoint": self._without_optimizers}
+            vars(self.strategy).update(mine)
 
     def begin(self) -> bool:
         """Load the weights of the module, which is set up by now, and put it in eval mode.
@@ -115,6 +119,15 @@ class Trained:
         self.module.eval()
         return _precision(self.module) > self._precision
 
+    def _without_optimizers(self, path: Any, **how: Any) -> Any:
+        """Load a checkpoint without the state of an optimizer that has none."""
+        strategy: Any = self.strategy
+        optimizers, strategy.optimizers = strategy.optimizers, []
+        try:
+            return type(strategy).load_checkpoint(strategy, path, **how)
+        finally:
+            strategy.optimizers = optimizers
+
     def leave(self) -> None:
         """Give the module back as it was."""
         own = vars(self.module)
@@ -123,7 +136,8 @@ class Trained:
             if name in self._before:
                 own[name] = self._before[name]
         self.module.automatic_optimization = self._automatic
-        vars(self.strategy).pop("configure_ddp", None)
+        for name in ("configure_ddp", "optimizer_state", "load_checkpoint"):
+            vars(self.strategy).pop(name, None)
         for part, training in self._modes:
             part.training = training
 
@@ -143,6 +157,11 @@ def _precision(module: LightningModule) -> float:
     """Relative distance of the values that its most precise parameter can have."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return min((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, whatever it optimizes."""
+    return optimizer.state_dict()
 
 
 def _nothing() -> None:
