@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from lightning_duo import DuoCallback
 
 TRAIN, VAL = small_images(72, 1), small_images(48, 2)
-KILLS = 24
+KILLS = [(False, trial) for trial in range(24)] + [(True, trial) for trial in range(8)]
 
 
 class Resumable(DataLoader):
@@ -68,10 +68,19 @@ class Resuming(Classifier):
         }
 
 
-def train(folder: Path) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one; returns hashes of all."""
+def train(folder: Path, *, still: bool) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint if there is one; returns hashes of all.
+
+    Args:
+        folder: Of the checkpoints.
+        still: Whether the base is trained already, and stays as it is.
+    """
     L.seed_everything(5, verbose=False)
     module, duo = Resuming(), DuoCallback(Restless, summary=False, target_accuracy=0.5)
+    if still:
+        module.requires_grad_(False)
+        if list(folder.glob("last*.ckpt")):  # which holds its weights
+            module.net[1].weight.zero_()
     # Checkpoints at steps 5, 10, ..., and at the validations after batches 4 and 8 of the 9 of an
     # epoch. Lightning itself, with no duo, leaves out a validation that was due at the very batch
     # of the checkpoint, and trains too long where one of an epoch's last batch is resumed twice.
@@ -131,7 +140,7 @@ def serve() -> None:
             try:
                 killer = Killer(job["kill_at"])
                 sys.setprofile(killer)
-                found = train(Path(job["folder"]))
+                found = train(Path(job["folder"]), still=job["still"])
                 sys.setprofile(None)
                 Path(job["result"]).write_text(json.dumps({**found, "calls": killer.count}))
             except BaseException:
@@ -153,10 +162,11 @@ class Server:
             text=True,
         )
 
-    def run(self, folder: Path, kill_at: int | None = None) -> dict | None:
+    def run(self, folder: Path, kill_at: int | None = None, *, still: bool = False) -> dict | None:
         """Result of a run; None if it was killed."""
         result = folder / "result.json"
-        job = {"folder": str(folder), "result": str(result), "kill_at": kill_at}
+        paths = {"folder": str(folder), "result": str(result)}
+        job = {**paths, "kill_at": kill_at, "still": still}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         # Whatever a run prints comes before its status.
@@ -176,19 +186,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The uninterrupted run."""
-    found = server.run(tmp_path_factory.mktemp("whole"))
-    assert found["step"] == 27
-    assert found["temperatures"][1] > 0
+def wholes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict]:
+    """The uninterrupted runs: without and with a base that stays as it is."""
+    found = {
+        still: server.run(tmp_path_factory.mktemp("whole"), still=still) for still in (False, True)
+    }
+    for one in found.values():
+        assert one["step"] == 27
+        assert one["temperatures"][1] > 0
+    assert found[True]["base"] != found[False]["base"]
     return found
 
 
+@pytest.mark.parametrize("still", [False, True])
 def test_an_uninterrupted_run_is_the_same_twice(
-    server: Server, whole: dict, tmp_path: Path
+    still: bool, server: Server, wholes: dict, tmp_path: Path
 ) -> None:
-    found = server.run(tmp_path)
-    assert outcome(found) == outcome(whole)
+    found = server.run(tmp_path, still=still)
+    assert outcome(found) == outcome(wholes[still])
 
 
 def outcome(found: dict) -> dict:
@@ -197,19 +212,21 @@ def outcome(found: dict) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", range(KILLS))
+@pytest.mark.parametrize(("still", "trial"), KILLS)
 def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(
-    trial: int, server: Server, whole: dict, tmp_path: Path
+    still: bool, trial: int, server: Server, wholes: dict, tmp_path: Path
 ) -> None:
     """Each trial dies twice: somewhere in the run, and somewhere in what is left of it."""
+    whole = wholes[still]
     draws = torch.rand(2, generator=torch.Generator().manual_seed(trial)).tolist()
-    assert server.run(tmp_path, 1 + int(draws[0] * whole["calls"])) is None
+    assert server.run(tmp_path, 1 + int(draws[0] * whole["calls"]), still=still) is None
     # Of a resumed run the number of calls is not known: it may end before it is to die.
     resumed = bool(list(tmp_path.glob("last*.ckpt")))
-    found = server.run(tmp_path, 1 + int(draws[1] * (1 - draws[0]) * whole["calls"]))
+    later = 1 + int(draws[1] * (1 - draws[0]) * whole["calls"])
+    found = server.run(tmp_path, later, still=still)
     if found is None:
         resumed = bool(list(tmp_path.glob("last*.ckpt")))
-        found = server.run(tmp_path)
+        found = server.run(tmp_path, still=still)
     assert outcome(found) == outcome(whole)
     assert resumed == (found["start"] > 0)
     server.resumed += resumed
@@ -218,4 +235,4 @@ def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(
 @pytest.mark.slow
 def test_most_of_the_killed_runs_had_something_to_resume(server: Server) -> None:
     """Those that died before their first checkpoint began anew."""
-    assert server.resumed > KILLS / 2
+    assert server.resumed > len(KILLS) / 2
