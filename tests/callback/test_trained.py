@@ -1,5 +1,6 @@
 """A base that is trained already: it stays as it is, and its sidekick is all that learns."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import digest, make_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from scipy.optimize import minimize
 from subprocesses import two_processes
@@ -270,32 +279,255 @@ def test_a_checkpoint_of_the_base_is_loaded(tmp_path: Path) -> None:
         ({"precision": "bf16-mixed"}, 12, 12),
         ({"gradient_clip_val": 0.1}, 12, 12),
         ({"deterministic": True, "limit_train_batches": 3}, 6, 6),
+        ({"precision": "16-mixed", "val_check_interval": 2}, 12, 12),
+        ({"overfit_batches": 2, "check_val_every_n_epoch": 2}, 4, 4),
+        ({"inference_mode": False, "num_sanity_val_steps": -1}, 12, 12),
     ],
 )
 def test_settings_of_the_trainer(options: dict, batches: int, steps: int) -> None:
     module = pretrained()
+    before = state_of(module)
     trainer = make_trainer(**{"max_epochs": 2, **options})
     callback = add_sidekick(module, *loaders(), trainer=trainer, **quick())
     assert callback.progress is not None
     assert callback.progress.batches == batches
     assert trainer.global_step == callback.progress.updates == steps
-
-
-def test_a_fit_that_fails_gives_the_base_back() -> None:
-    class Broken(Base):
-        def on_validation_epoch_end(self) -> None:
-            if not self.trainer.sanity_checking:
-                raise RuntimeError("broken")
-
-    torch.manual_seed(3)
-    module = Broken()
-    before, names = state_of(module), set(vars(module))
-    with pytest.raises(RuntimeError, match="broken"):
-        add_sidekick(module, *loaders(), trainer=make_trainer(), **quick())
     assert state_of(module) == before
-    assert set(vars(module)) - names <= {"_trainer"}
-    assert all(parameter.requires_grad for parameter in module.parameters())
-    assert module.training
+
+
+class Quantised(nn.Module):
+    """Weights of eight bits, in buffers, that are made numbers in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randint(-127, 128, (16, 8), dtype=torch.int8)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", torch.full((16, 1), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+class Eight(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Quantised(), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
+class Counting(Base):
+    """Each forward in training changes a buffer that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.sum(0)
+        return super().forward(x)
+
+
+class Looking(L.Callback):
+    """Runs the module after every training step, to show what it says."""
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, _: int
+    ) -> None:
+        module(batch[0])
+
+
+@pytest.mark.parametrize("kind", [Eight, Counting, Mixing])
+def test_buffers_stay_as_they_are(kind: type[Base]) -> None:
+    module = pretrained(kind)
+    before = digest(dict(module.named_buffers())), state_of(module)
+    trainer = make_trainer(Looking(), max_epochs=2)
+    callback = add_sidekick(module, *loaders(), trainer=trainer, **quick())
+    assert (digest(dict(module.named_buffers())), state_of(module)) == before
+    x = data(8, 4).tensors[0]
+    module.eval()
+    assert torch.equal(callback.module.base_logits(x), module(x))
+
+
+def test_others_wait_for_the_metrics_and_find_the_best_pair(tmp_path: Path) -> None:
+    module = pretrained()
+    best = ModelCheckpoint(tmp_path, monitor="duo/val_aurc")
+    stop = EarlyStopping("duo/val_aurc", patience=1)
+    rates, logger = LearningRateMonitor("step"), CSVLogger(tmp_path)
+    options = {"logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True}
+    trainer = make_trainer(best, stop, rates, **options, max_epochs=20)
+    callback = add_sidekick(module, *loaders(), trainer=trainer, **quick())
+    assert 1 < trainer.current_epoch < 20
+    other, fresh = DuoCallback(**quick()), Base()
+    tester = make_trainer(other)
+    tester.test(fresh, loaders()[1], ckpt_path=best.best_model_path, verbose=False)
+    assert state_of(fresh) == state_of(module)
+    found = other.results["test"]["duo"]["aurc"]
+    assert found == pytest.approx(float(best.best_model_score), rel=1e-5)
+    assert callback.results["val"]["duo"]["aurc"] >= found - 1e-6
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        EMAWeightAveraging(decay=0.9),
+        ModelPruning("l1_unstructured", amount=0.5),
+        StochasticWeightAveraging(1e-2, 1),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_would_change_the_base_are_refused(callback: L.Callback) -> None:
+    module = pretrained()
+    before = state_of(module), set(vars(module))
+    with pytest.raises(Exception, match=f"{type(callback).__name__} would change it; leave that"):
+        add_sidekick(module, *loaders(), trainer=make_trainer(callback), **quick())
+    assert (state_of(module), set(vars(module))) == before
+
+
+def test_what_else_changes_the_base_is_said() -> None:
+    class Restless(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            module.average += 1
+
+    module, trainer = pretrained(), make_trainer(Restless(), max_epochs=1)
+    with pytest.warns(UserWarning, match="the base is no longer as it was: a callback, or"):
+        add_sidekick(module, *loaders(), trainer=trainer, **quick())
+
+
+def test_a_precision_that_rounds_the_base_is_said() -> None:
+    for precision in ("bf16-true", "bf16-mixed"):
+        module = pretrained()
+        before = state_of(module)
+        trainer = make_trainer(precision=precision, max_epochs=1)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            add_sidekick(module, *loaders(), trainer=trainer, **quick())
+        said = any("has rounded the base's weights" in str(w.message) for w in record)
+        assert said == (precision == "bf16-true") == (state_of(module) != before)
+
+
+def test_a_trainer_with_nothing_left_to_do_is_said() -> None:
+    module, trainer = Base(), make_trainer(max_epochs=1)
+    trainer.fit(module, *loaders())
+    with pytest.warns(UserWarning, match=r"has learnt nothing: .*; pass a new Trainer"):
+        assert add_sidekick(module, *loaders(), trainer=trainer, **quick()).fit is None
+    again = make_trainer(max_epochs=1)
+    assert add_sidekick(module, *loaders(), trainer=again, **quick()).fit is not None
+
+
+class Partial(Base):
+    """Saves what is trained only, as those do who train adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: value for name, value in weights if name in wanted}
+
+
+def test_to_resume_beside_another_base_is_said(tmp_path: Path) -> None:
+    start = pretrained(Partial).state_dict()
+
+    def run(base: Base, epochs: int, ckpt_path: Path | None) -> list[str]:
+        base.requires_grad_(False)  # so no weight at all is saved
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        duo = DuoCallback(**quick())
+        trainer = make_trainer(duo, saver, enable_checkpointing=True, max_epochs=epochs)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            trainer.fit(base, *loaders(), ckpt_path=ckpt_path)
+        return [str(w.message) for w in record if "beside another base" in str(w.message)]
+
+    def base() -> Base:
+        found = Partial()
+        found.load_state_dict(start)
+        return found
+
+    assert not run(base(), 1, None)
+    path = tmp_path / "epoch=0.ckpt"
+    assert run(Partial(), 2, path)
+    assert not run(base(), 2, path)
+
+
+# ---- what goes wrong ----
+
+
+class Failing(Base):
+    """Stops in one of its own hooks, once it was trained."""
+
+    at, error = "", RuntimeError
+
+    def fail(self, where: str) -> None:
+        if self.at == where and not self.trainer.sanity_checking:
+            raise self.error("stopped")
+
+    def setup(self, stage: str) -> None:
+        self.fail("setup")
+
+    def on_fit_start(self) -> None:
+        self.fail("on_fit_start")
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        self.fail("training_step")
+        return Mixing.training_step(self, batch, batch_idx)
+
+    def validation_step(self, batch: list, batch_idx: int) -> None:
+        self.fail("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.fail("on_validation_epoch_end")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "setup",
+        "on_fit_start",
+        "training_step",
+        "validation_step",
+        "on_validation_epoch_end",
+        "data",
+    ],
+)
+def test_a_fit_that_fails_gives_the_base_back(at: str, error: type[BaseException]) -> None:
+    def broken(samples: list) -> Any:
+        raise error("stopped")
+
+    module = pretrained(Failing)
+    module.net[0].weight.requires_grad_(False)
+    module.at, module.error = at, error
+    train, val = loaders()
+    train = DataLoader(train.dataset, 16, collate_fn=broken) if at == "data" else train
+    trainer = make_trainer(num_sanity_val_steps=0)
+    before, names = everything(module), set(vars(trainer.strategy))
+    with pytest.raises((SystemExit, ValueError, RuntimeError)):
+        add_sidekick(module, train, val, trainer=trainer, **quick())
+    assert everything(module) == before
+    assert not {"training_step", "validation_step"} & set(vars(trainer.strategy)) - names
+    module.at = ""
+    callback = add_sidekick(module, *loaders(), trainer=make_trainer(max_epochs=1), **quick())
+    assert callback.fit is not None
+    start = state_of(module)
+    make_trainer(max_epochs=1).fit(module, *loaders())
+    assert state_of(module) != start
+
+
+def everything(module: Base) -> list[Any]:
+    """All that a run may leave on a module."""
+    return [
+        state_of(module),
+        digest(dict(module.named_buffers())),
+        digest(module.accuracy.metric_state),
+        [parameter.requires_grad for parameter in module.parameters()],
+        [part.training for part in module.modules()],
+        [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()],
+        set(vars(module)),
+        module.automatic_optimization,
+    ]
 
 
 def test_no_validation_data_is_refused_with_the_remedy() -> None:
