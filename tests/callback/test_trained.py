@@ -18,10 +18,11 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from scipy.optimize import minimize
 from subprocesses import two_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -560,7 +561,9 @@ def run(world: int) -> dict:
         DataLoader(dataset, 8 // world, sampler=range(rank, len(dataset), world))
         for dataset in (data(64), data(23, 2))
     )
+    before = everything(module.double())
     callback = add_sidekick(module, train, val, trainer=trainer, **quick())
+    assert everything(module) == before
     assert callback.fit is not None
     assert callback.sidekick is not None
     weights = [p.detach().flatten() for p in callback.sidekick.parameters()]
@@ -568,9 +571,46 @@ def run(world: int) -> dict:
     return {"temperatures": temperatures, "sidekick": torch.cat(weights).tolist()}
 
 
+class Sharded(Base):
+    """Splits itself where it is told a mesh of processes, as FSDP2 wants it."""
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self._device_mesh["data_parallel"])
+
+
+def run_sharded(folder: Path) -> list:
+    """Fit beside a base in shards, whole and resumed."""
+
+    def fit(name: str, ckpt_path: Path | None = None) -> list:
+        torch.manual_seed(0)
+        base = Sharded().requires_grad_(False)
+        if ckpt_path is not None:  # which holds its weights
+            base.net[0].weight.zero_()
+        saver = ModelCheckpoint(folder / name, filename="{epoch}", save_top_k=-1)
+        strategy = ModelParallelStrategy(2, 1, False, process_group_backend="gloo")
+        duo = DuoCallback(**quick())
+        trainer = make_trainer(duo, saver, strategy=strategy, devices=2, enable_checkpointing=True)
+        trainer.fit(base, *loaders(), ckpt_path=ckpt_path)
+        assert duo.fit is not None
+        assert duo.sidekick is not None
+        weights = [getattr(p, "full_tensor", lambda p=p: p)() for p in base.parameters()]
+        return [digest(weights), state_of(duo.sidekick), *duo.fit.temperatures]
+
+    return [fit("whole"), fit("resumed", folder / "whole" / "epoch=0.ckpt")]
+
+
+def both(folder: Path) -> dict:
+    return {**run(2), "sharded": run_sharded(folder)}
+
+
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
-    first, second = two_processes("test_trained.run(2)", tmp_path, port=11)
+    first, second = two_processes("test_trained.both(folder)", tmp_path, port=11)
     alone = run(1)
     assert first == second
+    whole, resumed = first["sharded"]
+    assert whole == resumed
+    torch.manual_seed(0)
+    assert whole[0] == digest(list(Base().parameters()))
     assert first["sidekick"] == pytest.approx(alone["sidekick"], abs=1e-6)
     assert first["temperatures"] == pytest.approx(alone["temperatures"], rel=1e-5, abs=1e-6)
