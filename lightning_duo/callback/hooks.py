@@ -71,8 +71,8 @@ class Hooks(Callback):
             warn_of_constant_monitors(trainer, self.options, self._run.messages)
             if self._trained.begin():
                 self._run.messages.warn(
-                    f"precision={trainer.precision!r} has rounded the base's weights, as it does in "
-                    'every run; to leave them as they are, use "16-mixed" or "bf16-mixed"'
+                    f"precision={trainer.precision!r} has rounded the base's weights, as it does "
+                    'in every run; to leave them as they are, use "16-mixed" or "bf16-mixed"'
                 )
 
     @override
@@ -116,9 +116,9 @@ class Hooks(Callback):
             now = self._run.left and self._run.left[1]
             if not failed and trained.fingerprint not in (None, now):
                 self._run.messages.warn(
-                    "the base is no longer as it was: a callback, or a hook of the module itself, "
-                    "has changed its weights or buffers during this fit; leave that callback out "
-                    "of the Trainer"
+                    "the base is no longer as it was: a callback, or the module itself in its "
+                    "validation, has changed its weights or buffers during this fit; leave such a "
+                    "callback out of the Trainer"
                 )
 
     # ---- training ----
