@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_duo.callback.checkpoint import read_checkpoint
 from lightning_duo.callback.duo import DuoCallback
-from lightning_duo.callback.trained import MARK
+from lightning_duo.callback.trained import MARK, staying
 from lightning_duo.zoo import SidekickSource
 
 EPOCHS = 10
@@ -66,25 +66,17 @@ def add_sidekick(
             "add_sidekick(module, train_loader, val_loader, ...) or a datamodule"
         )
     trainer = trainer or Trainer(max_epochs=EPOCHS)
-    resumed = None if ckpt_path is None else _loaded(module, ckpt_path, weights_only=weights_only)
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    of_base = None if ckpt_path is None else _of_base(ckpt_path, weights_only=weights_only)
+    resumed = ckpt_path if of_base is None else None
     trusted: dict[str, Any] = {} if resumed is None or weights_only else {"weights_only": False}
-    trainer.callbacks.append(callback)  # type: ignore[attr-defined]
-    module.requires_grad_(False)
-    try:
+    trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # those that save come last
+    with staying(module, of_base):
         trainer.fit(module, **data, ckpt_path=resumed, **trusted)
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
     return callback
 
 
-def _loaded(module: LightningModule, path: str, *, weights_only: bool) -> str | None:
-    """Load the base's weights; returns the path if the checkpoint is one to be resumed."""
+def _of_base(path: str, *, weights_only: bool) -> dict[str, Any] | None:
+    """A checkpoint of the base; None if it is one of a run of `add_sidekick`, to be resumed."""
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     groups = [g for state in checkpoint.get("optimizer_states", ()) for g in state["param_groups"]]
-    if any(MARK in group for group in groups):
-        return path
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-    return None
+    return None if any(MARK in group for group in groups) else checkpoint

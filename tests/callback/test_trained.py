@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import digest, make_trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -370,6 +371,7 @@ def test_others_wait_for_the_metrics_and_find_the_best_pair(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "callback",
     [
+        BackboneFinetuning(1),
         EMAWeightAveraging(decay=0.9),
         ModelPruning("l1_unstructured", amount=0.5),
         StochasticWeightAveraging(1e-2, 1),
@@ -450,6 +452,83 @@ def test_to_resume_beside_another_base_is_said(tmp_path: Path) -> None:
     path = tmp_path / "epoch=0.ckpt"
     assert run(Partial(), 2, path)
     assert not run(base(), 2, path)
+
+
+def test_weights_that_alone_want_gradients_are_saved_and_resumed(tmp_path: Path) -> None:
+    """As of an adapter, beside others that the module makes anew."""
+
+    def base() -> Base:
+        torch.manual_seed(4)
+        found = Partial()
+        found.net[0].requires_grad_(False)
+        return found
+
+    module = base()
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, *loaders())
+    for own, other in zip(module.buffers(), base().buffers(), strict=True):  # none is saved
+        own.copy_(other)
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+
+    def run(path: Path, epochs: int) -> tuple[Any, ...]:
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+        trainer = make_trainer(saver, enable_checkpointing=True, max_epochs=epochs)
+        fresh = base()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="DuoCallback")
+            found = add_sidekick(fresh, *loaders(), ckpt_path=path, trainer=trainer, **quick())
+        assert state_of(fresh) == state_of(module)
+        return state_of(found.sidekick), found.fit
+
+    whole = run(tmp_path / "base.ckpt", 3)
+    assert run(tmp_path / "step=6.ckpt", 3) == whole
+
+
+class Configured(Base):
+    """Makes its layers where the Trainer asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, CLASSES))
+
+
+class SetUp(Configured):
+    def setup(self, stage: str) -> None:
+        Configured.configure_model(self)
+
+    def configure_model(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Configured, SetUp])
+def test_layers_that_are_made_in_set_up_are_loaded_and_stay(
+    kind: type[Base], tmp_path: Path
+) -> None:
+    module, trainer = kind(), make_trainer(max_epochs=1)
+    trainer.fit(module, *loaders())
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    fresh, path = kind(), tmp_path / "base.ckpt"
+    trainer = make_trainer(max_epochs=1)
+    callback = add_sidekick(fresh, *loaders(), ckpt_path=path, trainer=trainer, **quick())
+    assert state_of(fresh) == state_of(module)
+    assert all(part.training for part in fresh.modules())
+    assert callback.fit is not None
+
+
+def test_a_base_without_parameters_has_a_sidekick_too() -> None:
+    module = Eight()
+    module.net[2] = Quantised()
+    module.net[2].weight = torch.randint(-127, 128, (CLASSES, 16), dtype=torch.int8)
+    module.net[2].scale = torch.full((CLASSES, 1), 0.01)
+    assert not list(module.parameters())
+    before = state_of(module)
+    trainer = make_trainer(max_epochs=1)
+    assert add_sidekick(module, *loaders(), trainer=trainer, **quick()).fit is not None
+    assert state_of(module) == before
 
 
 # ---- what goes wrong ----
