@@ -115,6 +115,7 @@ class Trained:
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
             _load(self.module, checkpoint)
+            vars(self.module)[STAYS] = None  # copies of the module need not carry it
         self._modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()
         return _precision(self.module) > self._precision
