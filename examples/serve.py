@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeAlias
+from zipfile import BadZipFile
 
 import litserve
 import numpy as np
@@ -95,7 +96,7 @@ def _load_program(path: str, device: str) -> Loaded:
     extra = {"lightning_duo.json": ""}
     try:
         program = torch.export.load(path, extra_files=extra)
-    except RuntimeError as error:
+    except (RuntimeError, BadZipFile) as error:
         raise _no_duo(path) from error
     if not extra["lightning_duo.json"]:
         raise _no_duo(path)
