@@ -77,7 +77,7 @@ class Members(nn.Module):
             **{name: mapped(value, Tensor.clone) for name, value in kwargs.items()},
         )
         output = self._sidekick_output(Call(args, kwargs))
-        sidekick = _found("sidekick", logits_like(base, output, self.logits_at), output)
+        sidekick = found_logits("sidekick", logits_like(base, output, self.logits_at), output)
         return of_one_dtype(base, beside(base, sidekick))
 
     def base_logits(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,7 +87,7 @@ class Members(nn.Module):
             ValueError: If it gives none.
         """
         output = self.base(*args, **kwargs)
-        return _found("base", logits_in(output, self.logits_at), output)
+        return found_logits("base", logits_in(output, self.logits_at), output)
 
     def sidekick_logits(self, *args: Any, **kwargs: Any) -> Tensor:
         """Logits of the sidekick alone, in its shape and dtype.
@@ -99,7 +99,7 @@ class Members(nn.Module):
             ValueError: If it gives none.
         """
         output = self._sidekick_output(Call(args, kwargs))
-        return _found("sidekick", logits_in(output, self.logits_at, fewest=3), output)
+        return found_logits("sidekick", logits_in(output, self.logits_at, fewest=3), output)
 
     def _sidekick_output(self, call: Call) -> Any:
         """What the sidekick returns; it gets its inputs on its own device if that is another."""
@@ -109,14 +109,13 @@ class Members(nn.Module):
         return call.of(self.sidekick)
 
 
-def _found(member: str, logits: Tensor | None, output: Any) -> Tensor:
+def found_logits(member: str, logits: Tensor | None, output: Any) -> Tensor:
     """The logits of a member of a duo, or an error that says where they are looked for."""
     if logits is None:
         raise ValueError(
-            f"the {member} of a DuoModule must return floating-point logits, such as (N, K), or an "
-            f"object or mapping with them under 'logits', got {describe(output)}; pass "
-            "DuoModule(..., logits_at=...) with the keys that lead to them, such as (0,) for the "
-            "first of a tuple"
+            f"the {member} must return floating-point logits, such as (N, K), or an object or "
+            f"mapping with them under 'logits', got {describe(output)}; pass logits_at=... with "
+            "the keys that lead to them, such as (0,) for the first of a tuple"
         )
     return logits
 

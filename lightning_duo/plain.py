@@ -22,7 +22,8 @@ def transform_state(transform: Any) -> dict[str, Any] | None:
 
     Returns:
         What `transform_of` makes the same transform of; None unless it is a module of PyTorch or
-        torchvision without weights, whose arguments are its attributes.
+        torchvision without weights, hooks and functions of the user's, whose arguments are its
+        attributes.
     """
     if not isinstance(transform, nn.Module) or transform.state_dict():
         return None
@@ -30,8 +31,11 @@ def transform_state(transform: Any) -> dict[str, Any] | None:
     name = f"{cls.__module__}.{cls.__qualname__}"
     if not name.startswith(LIBRARIES):
         return None
+    inside: Any = getattr(transform, "transforms", None)  # of torchvision's Compose
     if isinstance(transform, nn.Sequential):
-        parts = [transform_state(part) for part in transform]
+        inside = list(transform)
+    if isinstance(inside, list):
+        parts = [transform_state(part) for part in inside]
         return None if None in parts else {"class": name, "parts": parts}
     values = {}
     for parameter in inspect.signature(cls).parameters.values():
@@ -41,7 +45,8 @@ def transform_state(transform: Any) -> dict[str, Any] | None:
         values[parameter.name] = _plain(value)
     state = {"class": name, "values": values}
     try:
-        same = repr(transform_of(state)) == repr(transform)
+        again = transform_of(state).train(transform.training)
+        same = vars(again) == vars(transform)
     except Exception:  # whatever a constructor says of values that it did not get
         same = False
     return state if same else None
@@ -59,7 +64,8 @@ def transform_of(state: dict[str, Any]) -> nn.Module:
     if not (isinstance(make, type) and issubclass(make, nn.Module)):
         raise ValueError(f"a transform of a checkpoint is of PyTorch or torchvision, got {name}")
     if "parts" in state:
-        return make(*(transform_of(part) for part in state["parts"]))
+        parts = [transform_of(part) for part in state["parts"]]
+        return make(*parts) if make is nn.Sequential else make(parts)
     return make(**{k: _value(v) for k, v in state["values"].items()})
 
 

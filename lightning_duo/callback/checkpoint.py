@@ -44,7 +44,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "sidekick": run.sidekick.model.state_dict(),
         "transform": run.options.transform_name,
         "calling": run.sidekick.state(),
-        "logits_fn": run.options.logits_fn is not None,
+        "given": run.options.state(),
         "example": call_state(run.example),
         "training": run.training_state(),
         "run": run.id,

@@ -17,7 +17,7 @@ from lightning_duo.calibration import check_request
 from lightning_duo.evaluation import MEASURES
 from lightning_duo.logits import MEMORY
 from lightning_duo.report import check_matplotlib
-from lightning_duo.tasks import Classes, Labels, Task
+from lightning_duo.tasks import Classes, Labels, Task, task_state
 from lightning_duo.zoo import SidekickSource, check_source
 
 OptimizerFn: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -120,6 +120,15 @@ class Options:
         if given is None or isinstance(given, nn.Module):
             return None if given is None else repr(given)
         return str(getattr(given, "__qualname__", type(given)))
+
+    def state(self) -> dict[str, Any]:
+        """How the user says to read a step, in plain types; of functions whether there is one."""
+        return {
+            "batch_fn": self.batch_fn is not None,
+            "logits_fn": self.logits_fn is not None,
+            "head": self.head,
+            "task": self.task and task_state(self.task),
+        }
 
     def measured_names(self, *, several: bool = True) -> list[str]:
         """Names of what a validation logs for each dataloader, without prefix.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_duo.base import Call, LogitsFn
+from lightning_duo.batch import BatchFn
 from lightning_duo.calibration import Calibration
 from lightning_duo.callback.checkpoint import (
     check_version,
@@ -26,6 +27,7 @@ from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.module import DuoModule
 from lightning_duo.plain import call_of, transform_of
 from lightning_duo.saved import eager_name
+from lightning_duo.tasks import task_from_state
 from lightning_duo.zoo import SidekickSource
 
 Base = LightningModule | type[LightningModule] | nn.Module
@@ -82,19 +84,20 @@ class Saved(NamedTuple):
         sidekick: SidekickSource | None,
         sidekick_transform: Callable[[Any], Any] | None = None,
         logits_fn: LogitsFn | None = None,
+        batch_fn: BatchFn | None = None,
     ) -> dict[str, Any]:
         """Arguments with which `DuoCallback` is as it was in that run.
 
         Raises:
             ValueError: If one that only the user has is missing.
         """
-        state = self.state
+        state, given = self.state, self.state.get("given", {})
         if sidekick is None and not state.get("named", isinstance(state["name"], str)):
             raise ValueError(
                 f"the sidekick of {self.path}, {state['name']}, is a module of your own; pass "
                 "sidekick=..., a module like it or the function that made it"
             )
-        if logits_fn is None and state.get("logits_fn"):
+        if logits_fn is None and given.get("logits_fn"):
             raise ValueError(
                 f"the run of {self.path} had a logits_fn of your own; pass logits_fn=... with it"
             )
@@ -106,13 +109,26 @@ class Saved(NamedTuple):
                     "pass sidekick_transform=... with it"
                 )
             sidekick_transform = transform_of(known)
-        given: dict[str, Any] = {"name": self.name, "logits_fn": logits_fn}
-        given["num_classes"] = state["num_classes"]
-        if state["calibration"] is not None:
-            found = Calibration.from_state_dict(state["calibration"])
-            given |= {"target_accuracy": found.target_accuracy, "delta": found.delta}
-        source = state["name"] if sidekick is None else sidekick
-        return {"sidekick": source, "sidekick_transform": sidekick_transform, **given}
+        chosen = state["calibration"] and Calibration.from_state_dict(state["calibration"])
+        return {
+            "sidekick": state["name"] if sidekick is None else sidekick,
+            "num_classes": state["num_classes"],
+            "sidekick_transform": sidekick_transform,
+            "logits_fn": logits_fn,
+            "batch_fn": batch_fn,
+            "head": given.get("head"),
+            "task": given.get("task") and task_from_state(given["task"]),
+            "target_accuracy": chosen and chosen.target_accuracy,
+            "delta": chosen and chosen.delta,
+            "name": self.name,
+        }
+
+    def check_batch_fn(self, given: BatchFn | None) -> None:
+        """Raise ValueError if a run that is to read batches lacks its ``batch_fn``."""
+        if given is None and self.state.get("given", {}).get("batch_fn"):
+            raise ValueError(
+                f"the run of {self.path} had a batch_fn of your own; pass batch_fn=... with it"
+            )
 
     def example(self, samples: int = 2) -> Call | None:
         """A call that the base takes, for so many samples; None if none is known."""

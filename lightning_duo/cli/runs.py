@@ -21,6 +21,7 @@ def evaluate(
     sidekick: str | None = None,
     sidekick_transform: str | None = None,
     logits_fn: str | None = None,
+    batch_fn: str | None = None,
     name: str | None = None,
     weights_only: bool = True,
     resamples: int | None = None,
@@ -40,6 +41,7 @@ def evaluate(
             or one without arguments that gives it.
         sidekick_transform: MODULE:NAME, if the transform was of your own.
         logits_fn: MODULE:NAME, if the run had one.
+        batch_fn: MODULE:NAME, if the run had one.
         name: Of the duo, if the run had several.
         weights_only: false reads a checkpoint with more than tensors and plain types, which may run
             code that it names.
@@ -54,8 +56,10 @@ def evaluate(
     check_numbers({"--resamples": (resamples, 2)})
     check_outputs({"--report": (report, ".html")})
     saved = Saved.read(checkpoint, name=name, weights_only=weights_only)
-    given = {"sidekick": sidekick, "sidekick_transform": sidekick_transform, "logits_fn": logits_fn}
+    given = {"sidekick": sidekick, "sidekick_transform": sidekick_transform}
+    given |= {"logits_fn": logits_fn, "batch_fn": batch_fn}
     base, options = built_in_run(model, saved, given)
+    saved.check_batch_fn(options["batch_fn"])
     module, _ = saved.base(base)
     callback = DuoCallback(**options)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}

@@ -13,6 +13,7 @@ from lightning_duo.inputs import Calling
 from lightning_duo.isolation import evaluating, own_stream, unnoticed
 from lightning_duo.logits.messages import say, warn
 from lightning_duo.logits.read import REMEDY
+from lightning_duo.members import found_logits
 from lightning_duo.nested import Path, leaves, mapped
 from lightning_duo.text import check_tokens
 
@@ -66,9 +67,9 @@ class Models:
             ValueError: If a model cannot run it or gives no logits, or their shapes differ.
         """
         base = self._run("base", self.base, call, self.devices[0])
-        first = _checked("base", logits_in(base, self.logits_at), base)
+        first = found_logits("base", logits_in(base, self.logits_at), base)
         sidekick = self._run("sidekick", self.sidekick, self.calling.of(call), self.devices[1])
-        second = _checked("sidekick", logits_like(first, sidekick, self.logits_at), sidekick)
+        second = found_logits("sidekick", logits_like(first, sidekick, self.logits_at), sidekick)
         return _plain(first), _plain(second)
 
     def _run(self, name: str, model: nn.Module, call: Call, device: torch.device) -> Any:
@@ -96,16 +97,6 @@ def _device_of(name: str, model: nn.Module) -> torch.device:
             "and load its weights"
         )
     return device
-
-
-def _checked(name: str, logits: Tensor | None, output: Any) -> Tensor:
-    if logits is None:
-        raise ValueError(
-            f"the {name} must return floating-point logits, such as (N, K), or a mapping or object "
-            f"with them under 'logits', got {describe(output)}; pass logits_at=... with the keys "
-            "that lead to them, such as (0,) for the first of a tuple"
-        )
-    return logits
 
 
 def _plain(logits: Tensor) -> Tensor:

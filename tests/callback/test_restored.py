@@ -134,6 +134,7 @@ TRANSFORMS = {
     "nearest": v2.Resize((8, 9), interpolation=InterpolationMode.NEAREST),
     "several": nn.Sequential(v2.CenterCrop(10), v2.Normalize([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])),
     "pool": nn.AvgPool2d(2, stride=1),
+    "composed": v2.Compose([v2.Resize([8]), v2.Grayscale(3)]),
     "dtype": nn.Sequential(v2.ToDtype(torch.float64), v2.ToDtype(torch.float32)),
 }
 
@@ -169,7 +170,28 @@ class Learnt(nn.BatchNorm2d):
     """A transform with statistics."""
 
 
-@pytest.mark.parametrize("transform", [halved, lambda x: x / 2, Learnt(3)])
+class Shifted(v2.Resize):
+    """Called as the one of torchvision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def hooked() -> nn.Module:
+    pool = nn.AvgPool2d(2)
+    pool.register_forward_hook(lambda module, args, output: 2 * output)
+    return pool
+
+
+def patched() -> nn.Module:
+    pool = nn.AvgPool2d(2)
+    pool.forward = halved
+    return pool
+
+
+@pytest.mark.parametrize(
+    "transform", [halved, lambda x: x / 2, Learnt(3), Shifted(8), hooked(), patched()]
+)
 def test_a_transform_of_the_users_is_asked_for(
     transform: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
@@ -177,7 +199,7 @@ def test_a_transform_of_the_users_is_asked_for(
     with pytest.raises(ValueError, match=r"pass sidekick_transform=\.\.\. with it"):
         DuoModule.from_checkpoint(path, Base)
     duo = DuoModule.from_checkpoint(path, Base, sidekick_transform=transform)
-    if not isinstance(transform, nn.Module):
+    if not isinstance(transform, Learnt):
         same(duo, run.module)
 
 
