@@ -1,7 +1,9 @@
 """`lightning-duo sidekick` and `evaluate`: duos of your LightningModule and your data."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_duo.cli.options import built_in_run, called, check_numbers, check_outputs, named
@@ -133,10 +135,13 @@ def sidekick() -> None:
             self.options = {name: name for name in [*own, "ckpt_path"]}
             self.options |= {name: f"sidekick_{name}" for name in apart}
 
-    program, *words = sys.argv[0], *sys.argv[2:]
-    sys.argv = [program, *_with_dots(words)]
+    classes, words = _classes(sys.argv[2:])
+    sys.argv = [sys.argv[0], *words]
     cli = SidekickCLI(
+        **classes,
         run=False,
+        # The base's own may be there too.
+        save_config_kwargs={"config_filename": "sidekick.yaml", "overwrite": True},
         trainer_defaults={"max_epochs": EPOCHS},
         parser_kwargs={"prog": "lightning-duo sidekick", "description": sidekick.__doc__},
     )
@@ -149,10 +154,34 @@ def sidekick() -> None:
         print(f"wrote {path}")
 
 
-def _with_dots(words: list[str]) -> list[str]:
-    """The words of a command line in which classes are named as LightningCLI names them."""
-    before = ["", *words]
-    return [
-        word.replace(":", ".", 1) if previous in ("--model", "--data") else word
-        for previous, word in zip(before, words, strict=False)
-    ]
+def _classes(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The classes of module and data, and the words of the command line that are left.
+
+    A configuration file of ``LightningCLI(MyModel, MyData)`` holds their arguments alone, so their
+    classes are given to LightningCLI. A file of ``LightningCLI()`` names the classes itself.
+    """
+    import yaml
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("model", "data"):
+        parser.add_argument(f"--{option}")
+    parser.add_argument("-c", "--config", action="append", default=[])
+    given, rest = parser.parse_known_args(words)
+    files = [yaml.safe_load(Path(name).read_text(encoding="utf-8")) for name in given.config]
+    classes = {}
+    before = [word for name in given.config for word in ("--config", name)]
+    for option, key in (("model", "model_class"), ("data", "datamodule_class")):
+        spec = getattr(given, option)
+        inside = [part for file in files if isinstance(part := (file or {}).get(option), dict)]
+        if spec is None:
+            if any("class_path" not in part for part in inside):
+                raise ValueError(
+                    f"--config holds arguments of the {option}, but not its class; pass --{option} "
+                    "MODULE:NAME too, such as my_project:Classifier"
+                )
+        elif any("class_path" in part for part in inside):
+            before += [f"--{option}", spec.replace(":", ".")]
+        else:
+            dotted = spec if ":" in spec else ":".join(spec.rsplit(".", 1))
+            classes[key] = named(option, dotted)
+    return classes, [*before, *rest]

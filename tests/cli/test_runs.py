@@ -140,6 +140,19 @@ trainer.save_checkpoint("best.ckpt")
     return folder
 
 
+CONFIG = """
+trainer: {max_epochs: 1, logger: false, enable_progress_bar: false, accelerator: cpu}
+"""
+OF_FIXED_CLASSES = CONFIG + "model: {width: 4}\ndata: {batch_size: 8}\n"
+OF_ANY_CLASS = (
+    CONFIG
+    + """
+model: {class_path: my_project.Model, init_args: {width: 4}}
+data: {class_path: my_project.Data}
+"""
+)
+
+
 @pytest.fixture
 def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
@@ -154,6 +167,27 @@ def test_the_base_stays_as_it_was(here: Path) -> None:
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("text", [OF_FIXED_CLASSES, OF_ANY_CLASS])
+def test_configurations_of_lightning_cli(
+    text: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``LightningCLI(Model, Data)`` and ``LightningCLI()`` write them."""
+    (here / "config.yaml").write_text(text)
+    words = ["sidekick", "--config", "config.yaml", "--ckpt_path", "best.ckpt"]
+    words += ["--sidekick", "resnet10t", "--pretrained", "false", "--summary", "false"]
+    if text == OF_FIXED_CLASSES:
+        monkeypatch.setattr(sys, "argv", ["lightning-duo", *words])
+        with pytest.raises(SystemExit, match="not its class; pass --model MODULE:NAME too"):
+            main()
+        words += ["--model", "my_project.Model", "--data=my_project:Data"]
+    monkeypatch.setattr(sys, "argv", ["lightning-duo", *words])
+    main()
+    written = capsys.readouterr().out.split("wrote ")[-1].strip()
+    from my_project import Model
+
+    assert DuoModule.from_checkpoint(written, Model).base[0].out_channels == 4
 
 
 def test_a_checkpoint_becomes_a_file_that_answers(here: Path) -> None:
