@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from harness import OTHERS, Row, cells, columns, described, growth_text, ratio_cell
 
-NAMES = ("throughput", "head", "fit", "cofinetune", "metrics", "gain")
+NAMES = ("throughput", "head", "fit", "cofinetune", "metrics", "gain", "added")
 TITLES = {
     "throughput": "Throughput of pairs",
     "head": "Head",
@@ -17,10 +17,11 @@ TITLES = {
     "cofinetune": "Training with the callback",
     "metrics": "Metrics",
     "gain": "Gain, beside an ensemble of two",
+    "added": "A sidekick that is added to a trained base",
 }
 FIGURES = {"throughput": ("figure8", "throughput")}
 DEVICES = ("cpu", "cuda")
-SCRIPTS = {"throughput": "throughput.py", "gain": "gain.py"}
+SCRIPTS = {name: f"{name}.py" for name in ("throughput", "gain", "added")}
 MEANINGS = {
     "method": "what is measured; the script named above each table says what each does",
     "ms": "time of one call, in milliseconds, warm",
@@ -39,6 +40,7 @@ MEANINGS = {
     "kept_bytes": "what the metric keeps of a sample",
     "flops": "operations of a forward, a multiply-add counting two; in the gain over the base's",
     "duo_of_parts": "time of the duo over that of base and model together",
+    "sidekick_nll": "NLL of the sidekick alone, with a temperature of 1",
     "nll_change": "NLL over that of the base with one temperature, less 1; other changes likewise",
 }
 LONG = 20  # lines of a table that is folded away
@@ -79,6 +81,8 @@ TARGETS = (
            {"method": "duo, compiled", "reference": BOTH_COMPILED}, **at_most(1.05)),
     Target("co-training / (base + sidekick), images decoded", "cofinetune",
            {"method": "callback"}, **at_most(0.95)),
+    Target("training of an added sidekick / of the sidekick alone", "added",
+           {"part": "time", "method": "added"}, **at_most(1.05)),
     *(
         Target(f"{what} at {n} x {k}", "fit",
                {**FIT, "method": method, "samples": n, "classes": k}, **goal, column=column)
@@ -300,10 +304,10 @@ def report(folder: Path) -> str:
         "# Results of the benchmarks",
         "",
         "Written by `python benchmarks/run_all.py --results benchmarks/RESULTS.md` from rows of "
-        f"the {' and '.join(profiles)} profile and of gain.py ({', '.join(dates)}), which are in "
-        f"[{folder.name}]({folder.name}); nothing is typed by hand. Every ratio is of times taken "
-        "in one process: the median, and the 20 % and 80 % quantiles over the turns. How it is "
-        "measured, and what was tried where a target is missed, is in [README.md](README.md).",
+        f"the {' and '.join(profiles)} profile, gain.py and added.py ({', '.join(dates)}), which "
+        f"are in [{folder.name}]({folder.name}); nothing is typed by hand. Every ratio is of times "
+        "taken in one process: the median, and the 20 % and 80 % quantiles over the turns. How it "
+        "is measured, and what was tried where a target is missed, is in [README.md](README.md).",
         "",
         "## In short",
         "",

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 from zipfile import BadZipFile
 
@@ -182,7 +183,10 @@ class DuoAPI(litserve.LitAPI):
         """The inputs that a request holds; a ValueError says what is wrong with it."""
         inputs = self.duo.inputs
         if not isinstance(request, dict) or request.keys() != inputs.keys():
-            raise ValueError(f"expected a JSON object with {' and '.join(inputs)}, nothing else")
+            raise ValueError(
+                f"expected a JSON object with {' and '.join(inputs)}, nothing else, and the header "
+                "Content-Type: application/json"
+            )
         arrays = {}
         for name, wanted in inputs.items():
             try:
@@ -263,6 +267,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
+    if not Path(options.file).is_file():
+        parser.error(f"there is no file {options.file}")
 
     api = DuoAPI(
         partial(load_file, options.file),

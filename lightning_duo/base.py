@@ -1,7 +1,7 @@
 """Calls of a user's models, and the logits in what they return."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -168,7 +168,7 @@ class Function(nn.Module):
 
     Args:
         function: It is called with what the module is called with. Where it returns an array of
-            NumPy, or numbers in lists, the module returns a tensor of them.
+            NumPy, or numbers in lists, the module returns a tensor of them; in a mapping too.
 
     Example:
         >>> Function(lambda x: [[0.5, 2.0]])(None)
@@ -182,10 +182,17 @@ class Function(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.function(*args, **kwargs)
-        if isinstance(output, np.ndarray | list) and not any(leaves(output)):
-            with suppress(TypeError, ValueError):  # of what are no numbers
-                return torch.as_tensor(output)
-        return output
+        if isinstance(output, Mapping):
+            return {key: _as_tensor(part) for key, part in output.items()}
+        return _as_tensor(output)
+
+
+def _as_tensor(output: Any) -> Any:
+    """Numbers in an array or in lists as a tensor; anything else as it is."""
+    if isinstance(output, np.ndarray | list) and not any(leaves(output)):
+        with suppress(TypeError, ValueError, RuntimeError):  # of what are no numbers
+            return torch.as_tensor(output)
+    return output
 
 
 def as_module(model: Callable[..., Any]) -> nn.Module:

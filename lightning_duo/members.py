@@ -77,6 +77,13 @@ class Members(nn.Module):
             **{name: mapped(value, Tensor.clone) for name, value in kwargs.items()},
         )
         output = self._sidekick_output(Call(args, kwargs))
+        mine = logits_in(output, self.logits_at)
+        outer = mine is not None and base.ndim == 3 and base.shape == (1, *mine.shape)
+        if isinstance(self.base, Function) and outer:  # it would be read as one sample
+            raise ValueError(
+                f"the base gives logits {tuple(base.shape)}, the sidekick {tuple(base.shape[1:])}; "
+                "take the outer list of the base's answer away"
+            )
         sidekick = found_logits("sidekick", logits_like(base, output, self.logits_at), output)
         return of_one_dtype(base, beside(base, sidekick))
 

@@ -229,6 +229,9 @@ class DuoModule(Members):
     ) -> "DuoModule":
         """The duo of a checkpoint that a Trainer with `DuoCallback` has saved.
 
+        Base and sidekick are those of that moment; `Trainer.validate` with the checkpoint pairs its
+        base with the best sidekick instead.
+
         Args:
             path: The checkpoint, ``*.ckpt``.
             base: Your LightningModule, whose weights are overwritten; or its class, if its
@@ -236,7 +239,8 @@ class DuoModule(Members):
             sidekick: By default the one that the run had, if that was given by its name; else a
                 module like it, or the function that made it.
             name: Of the callback, if the run had several.
-            sidekick_transform: As in the run; not needed for transforms of torchvision's.
+            sidekick_transform: As in the run; not needed for transforms of torchvision or PyTorch
+                without weights.
             logits_fn: As in the run, if it had one.
             weights_only: Whether to refuse a checkpoint that holds more than tensors and plain
                 types; reading any other runs code that it names, so trust where it comes from.

@@ -34,22 +34,29 @@ def transform_state(transform: Any) -> dict[str, Any] | None:
     inside: Any = getattr(transform, "transforms", None)  # of torchvision's Compose
     if isinstance(transform, nn.Sequential):
         inside = list(transform)
+    state: dict[str, Any] = {"class": name}
     if isinstance(inside, list):
-        parts = [transform_state(part) for part in inside]
-        return None if None in parts else {"class": name, "parts": parts}
-    values = {}
-    for parameter in inspect.signature(cls).parameters.values():
-        value = getattr(transform, parameter.name, parameter.default)
-        if value is parameter.empty:
-            return None
-        values[parameter.name] = _plain(value)
-    state = {"class": name, "values": values}
+        state["parts"] = [transform_state(part) for part in inside]
+    else:
+        known = inspect.signature(cls).parameters.values()
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        state["values"] = {
+            p.name: _plain(getattr(transform, p.name, p.default))
+            for p in known
+            if p.kind not in several
+        }
     try:
         again = transform_of(state).train(transform.training)
-        same = vars(again) == vars(transform)
+        same = _own(again) == _own(transform)
     except Exception:  # whatever a constructor says of values that it did not get
         same = False
     return state if same else None
+
+
+def _own(transform: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, its hooks among them, without the modules in it."""
+    inside = ("_modules", "transforms")
+    return {key: value for key, value in vars(transform).items() if key not in inside}
 
 
 def transform_of(state: dict[str, Any]) -> nn.Module:
@@ -77,7 +84,9 @@ def _plain(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if type(value) in (list, tuple):
         return type(value)(_plain(part) for part in value)
-    return value if isinstance(value, _VALUES) else {"unknown": repr(value)}
+    if isinstance(value, float):  # also NumPy's, which no plain checkpoint may hold
+        return float(value)
+    return value if type(value) in _VALUES else {"unknown": repr(value)}
 
 
 def _value(plain: Any) -> Any:
@@ -106,7 +115,7 @@ def call_state(call: Call | None) -> dict[str, Any] | None:
     """
     try:
         return None if call is None else {"args": _look(call.args), "kwargs": _look(call.kwargs)}
-    except TypeError:
+    except Exception:  # a checkpoint is saved in any case
         return None
 
 
@@ -126,7 +135,7 @@ def _look(value: Any) -> dict[str, Any]:
         if not value.is_floating_point():  # an index that every table of the model has
             seen["largest"] = int(value.max()) if value.numel() else 0
         return seen
-    if isinstance(value, _VALUES):
+    if type(value) in _VALUES:
         return {"value": value}
     if type(value) in (tuple, list):
         return {type(value).__name__: [_look(part) for part in value]}

@@ -72,7 +72,9 @@ def read_header(path: str | Path) -> Header:
             metadata = file.metadata() or {}
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a duo saved by DuoModule.save ({error})") from error
+        of_run = Path(path).suffix == ".ckpt"
+        why = "DuoModule.from_checkpoint reads checkpoints" if of_run else str(error)
+        raise ValueError(f"{path} is not a duo saved by DuoModule.save ({why})") from error
     written, mode = metadata.pop("format", ""), metadata.pop("mode", "")
     if not written.startswith("lightning_duo/"):
         raise ValueError(f"{path} is not a duo saved by DuoModule.save: it has no such metadata")

@@ -37,6 +37,7 @@ ANSWERS = {
     "double": lambda logits: logits.double().numpy(),
     "lists": lambda logits: logits.tolist(),
     "mapping": lambda logits: {"logits": logits},
+    "json": lambda logits: {"logits": logits.tolist()},
 }
 
 
@@ -79,6 +80,13 @@ def test_what_is_no_model_is_refused(wrong: Any) -> None:
 def test_a_callable_that_gives_no_logits_is_refused() -> None:
     duo = DuoModule(lambda x: ["a", "b"], nn.Linear(4, 3), WEIGHTS)
     with pytest.raises(ValueError, match=r"must return floating-point logits.*got list"):
+        duo(X)
+
+
+def test_an_outer_list_is_no_sample() -> None:
+    base, sidekick = pair()
+    duo = DuoModule(Client(base, lambda logits: [logits.tolist()]), sidekick, WEIGHTS)
+    with pytest.raises(ValueError, match=r"take the outer list of the base's answer away"):
         duo(X)
 
 

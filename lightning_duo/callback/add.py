@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_duo.callback.checkpoint import read_checkpoint
 from lightning_duo.callback.duo import DuoCallback
@@ -49,17 +50,33 @@ def add_sidekick(
         The callback, which is among the Trainer's: `module` is the duo, `results` the figures.
 
     Raises:
-        MisconfigurationException: If there is no validation data.
-        ValueError: As `DuoCallback` does.
+        MisconfigurationException: If data to learn from or to validate on are missing, or given
+            twice.
+        TypeError: If the module or the Trainer is none.
+        ValueError: If the checkpoint is of another module; and as `DuoCallback` does.
 
     Example:
         >>> callback = add_sidekick(model, datamodule, sidekick="resnet34")  # doctest: +SKIP
         >>> duo = callback.module  # doctest: +SKIP
     """
+    if not isinstance(module, LightningModule):
+        raise TypeError(f"the base must be a LightningModule, not a class or function: {module!r}")
+    if trainer is not None and not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer must be a Trainer of lightning.pytorch, got {trainer!r}")
     callback = DuoCallback(sidekick=sidekick, **options)
     data = {"train_dataloaders": train_loader_or_datamodule, "val_dataloaders": val_loaders}
     if isinstance(train_loader_or_datamodule, LightningDataModule):
         data = {"datamodule": train_loader_or_datamodule}
+        if val_loaders is not None:
+            raise MisconfigurationException(
+                "val_loaders are given beside a datamodule, which has its own; pass either "
+                "add_sidekick(module, train_loader, val_loader, ...) or a datamodule alone"
+            )
+    elif train_loader_or_datamodule is None and not is_overridden("train_dataloader", module):
+        raise MisconfigurationException(
+            "there is no data to learn from; pass add_sidekick(module, datamodule, ...) or "
+            "add_sidekick(module, train_loader, val_loader, ...), on the command line --data"
+        )
     elif val_loaders is None and train_loader_or_datamodule is not None:
         raise MisconfigurationException(
             "there is no validation data, which the temperatures are fitted on; pass "
@@ -70,8 +87,12 @@ def add_sidekick(
     resumed = ckpt_path if of_base is None else None
     trusted: dict[str, Any] = {} if resumed is None or weights_only else {"weights_only": False}
     trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # those that save come last
-    with staying(module, of_base):
-        trainer.fit(module, **data, ckpt_path=resumed, **trusted)
+    try:
+        with staying(module, of_base):
+            trainer.fit(module, **data, ckpt_path=resumed, **trusted)
+    except BaseException:
+        trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
+        raise
     return callback
 
 

@@ -4,7 +4,9 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import fsspec
 import torch
 from torch import Tensor, nn
 
@@ -195,25 +197,33 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         ValueError: If it is no checkpoint, or holds more than tensors and plain types although
             ``weights_only`` was asked for.
     """
-    if not Path(path).exists():
+    remote = "://" in str(path)
+    if not remote and not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
-    if Path(path).is_dir():
+    if not remote and Path(path).is_dir():
         raise ValueError(
             f"{path} is a folder, in which each process has saved its part; save the run once more "
             "in one file, with ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
+    how: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only}
     try:
-        found = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        if not remote and is_zipfile(path):
+            found = torch.load(path, mmap=True, **how)
+        else:
+            with fsspec.open(str(path), "rb") as file:
+                found = torch.load(file, **how)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain types, which may run code when it is read "
-            f"({str(error).splitlines()[0]}); if you trust where it comes from, pass "
-            "weights_only=False"
+            f"{path} is no checkpoint of a Trainer, or holds more than tensors and plain types, "
+            f"which may run code when it is read ({str(error).splitlines()[0]}); if you trust "
+            "where it comes from, pass weights_only=False (--weights_only false)"
         ) from error
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no checkpoint of a Trainer ({error})") from error
+    except Exception as error:  # whatever the bytes of another file lead to
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no checkpoint of a Trainer ({why})") from error
     if not isinstance(found, dict) or "state_dict" not in found:
-        raise ValueError(f"{path} is no checkpoint of a Trainer: it has no state_dict")
+        remedy = "; DuoModule.load reads a saved duo" if str(path).endswith(".safetensors") else ""
+        raise ValueError(f"{path} is no checkpoint of a Trainer: it has no state_dict{remedy}")
     return found
 
 
@@ -221,7 +231,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str,
     """Load a sidekick's weights from a checkpoint.
 
     Args:
-        model: This callback's sidekick.
+        model: The sidekick that was built here.
         weights: State dict of the checkpoint's.
         names: What the checkpoint's sidekick was called, and what this one is.
 
@@ -232,7 +242,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], names: tuple[str,
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"the checkpoint's sidekick {names[0]!r} has other weights than this callback's "
-            f"{names[1]!r}; build it as it was when the checkpoint was saved, or load the "
-            f"checkpoint without DuoCallback: {' '.join(str(error).split())}"
+            f"the checkpoint's sidekick {names[0]!r} has other weights than {names[1]!r} here; "
+            "build it as it was when the checkpoint was saved, or load the checkpoint without "
+            f"DuoCallback: {' '.join(str(error).split())[:800]}"
         ) from error

@@ -63,6 +63,12 @@ def duo_of(run: Run, *, copy: bool = True, called: nn.Module | None = None) -> D
     return (duo.to(run.base.device).requires_grad_(False) if copy else duo).eval()
 
 
+def modes_of(run: Run) -> list[tuple[nn.Module, bool]]:
+    """The modes of both models' parts, which a duo that shares them changes."""
+    models = [run.base] if run.sidekick is None else [run.base, run.sidekick.model]
+    return [(part, part.training) for model in models for part in model.modules()]
+
+
 def _callable(run: Run, base: nn.Module) -> nn.Module:
     """What of the base the duo calls: all of it, a part, or its step."""
     reading, logits_fn = run.reading, run.options.logits_fn
@@ -142,10 +148,9 @@ def show_gain(run: Run) -> None:
     if run.fitted is None or "val" not in run.results:
         return
     options, results = run.options, run.results["val"]
-    data = "the validation set"
-    if options.calibration_loader == 0:
-        data += " (which fitted the temperatures)"
-    data += f", {options.name}" if options.name else ""
+    notes = ["which fitted the temperatures"] if options.calibration_loader == 0 else []
+    notes += [f"duo {options.name!r}"] if options.name else []
+    data = "the validation set" + (f" ({'; '.join(notes)})" if notes else "")
     balance = None if run.cost is None else run.cost.balance
     shown = {form: results[form] for form in FORMS}
     print_summary(shown, run.fitted.calibration, data=data, balance=balance)

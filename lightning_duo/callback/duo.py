@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_duo.base import LogitsFn
 from lightning_duo.batch import BatchFn
 from lightning_duo.calibration import Calibration
-from lightning_duo.callback.deploy import described, duo_of, report_of
+from lightning_duo.callback.deploy import described, duo_of, modes_of, report_of
 from lightning_duo.callback.fitted import BestSidekick
 from lightning_duo.callback.hooks import Hooks
 from lightning_duo.callback.options import (
@@ -242,13 +242,16 @@ class DuoCallback(Hooks):
         """The duo as it is now, as `module` gives it, or with the weights that are there.
 
         Args:
-            copy: Whether the duo has weights of its own. Without them it takes next to no memory;
-                your module and the sidekick are put in eval mode, and training either later
-                changes the duo too, but not its temperatures.
+            copy: Whether the duo has weights of its own. Without them it takes next to no memory,
+                but it is your module and the sidekick: they are put in eval mode till the next
+                fit with this callback, training or converting (``.half()``) either changes both,
+                and the duo is right only as long as they are in eval mode.
 
         Raises:
             As `module` does.
         """
+        if not copy:
+            self._modes = self._modes or modes_of(self._run)
         return duo_of(self._run, copy=copy)
 
     def write_report(

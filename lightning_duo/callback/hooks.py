@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from typing_extensions import override
 
 from lightning_duo.callback.checkpoint import loaded, state_of
@@ -45,6 +46,7 @@ class Hooks(Callback):
         self._run = Run(options, Messages(options.name))
         self._stage: Validation | Test | None = None
         self._trained: Trained | None = None  # a base that stays as it is
+        self._modes: list[tuple[nn.Module, bool]] = []  # before a duo shared the models
         self._entered = ""  # what the Trainer is doing: "fit", "validate", "test" or "predict"
 
     # ---- from set-up to teardown ----
@@ -56,6 +58,10 @@ class Hooks(Callback):
             check_siblings(self, trainer)
             self._run = enter(self._run, trainer, pl_module, stage)
         self._entered = stage
+        if stage == "fit":
+            for part, training in self._modes:
+                part.training = training
+            self._modes = []
         if stage == "fit" and is_trained(pl_module) and step_of_user(pl_module) is None:
             check_still(trainer)
             self._trained = Trained(pl_module, trainer)

@@ -26,6 +26,7 @@ def task_loss(
         In nats per decision, a scalar.
     """
     logits = logits.float()
+    options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
     if isinstance(task, Labels):
         if member in task.probabilities:
             logits = logits.clamp(NEAREST, 1 - NEAREST).logit()

@@ -22,13 +22,13 @@ from lightning_duo.callback.checkpoint import (
 from lightning_duo.callback.deploy import duo_of
 from lightning_duo.callback.messages import Messages
 from lightning_duo.callback.options import Options
-from lightning_duo.callback.run import Run
+from lightning_duo.callback.run import Run, deployed_reading
 from lightning_duo.callback.sidekick import Sidekick
 from lightning_duo.module import DuoModule
 from lightning_duo.plain import call_of, transform_of
 from lightning_duo.saved import eager_name
 from lightning_duo.tasks import task_from_state
-from lightning_duo.zoo import SidekickSource
+from lightning_duo.zoo import SidekickSource, check_source
 
 Base = LightningModule | type[LightningModule] | nn.Module
 
@@ -70,10 +70,10 @@ class Saved(NamedTuple):
         chosen = [key for key in mine if name is None or repr({"name": name}) in key]
         if len(chosen) != 1:
             raise ValueError(
-                f"{path} holds the duos {sorted(mine)}; pass name=... with the name of the one "
-                f"that is meant, got {name!r}"
+                f"{path} holds the duos {', '.join(sorted(mine))}; pass name=... (--name) with the "
+                f"name of the one that is meant, got {name!r}"
             )
-        state = mine[chosen[0]]
+        state = {"given": {}, **mine[chosen[0]]}
         check_version(state)
         if state["sidekick"] is None:
             raise ValueError(f"{path} was saved before the first batch, so it has no sidekick yet")
@@ -91,28 +91,30 @@ class Saved(NamedTuple):
         Raises:
             ValueError: If one that only the user has is missing.
         """
-        state, given = self.state, self.state.get("given", {})
-        if sidekick is None and not state.get("named", isinstance(state["name"], str)):
+        state, given = self.state, self.state["given"]
+        if sidekick is None and not state.get("named", _is_name(state["name"])):
             raise ValueError(
                 f"the sidekick of {self.path}, {state['name']}, is a module of your own; pass "
-                "sidekick=..., a module like it or the function that made it"
+                "sidekick=... (--sidekick MODULE:NAME), a module like it or the function that "
+                "made it"
             )
-        if logits_fn is None and given.get("logits_fn"):
-            raise ValueError(
-                f"the run of {self.path} had a logits_fn of your own; pass logits_fn=... with it"
-            )
+        if (logits_fn is not None) is not given.get("logits_fn", logits_fn is not None):
+            had = "a logits_fn of your own; pass logits_fn=... (--logits_fn MODULE:NAME) with it"
+            if logits_fn is not None:
+                had = "no logits_fn; leave it out"
+            raise ValueError(f"the run of {self.path} had {had}")
         known = state.get("calling", {}).get("transform")
         if sidekick_transform is None and state["transform"] is not None:
             if known is None:
                 raise ValueError(
                     f"the sidekick of {self.path} saw its inputs through {state['transform']}; "
-                    "pass sidekick_transform=... with it"
+                    "pass sidekick_transform=... (--sidekick_transform MODULE:NAME) with it"
                 )
             sidekick_transform = transform_of(known)
         chosen = state["calibration"] and Calibration.from_state_dict(state["calibration"])
         return {
             "sidekick": state["name"] if sidekick is None else sidekick,
-            "num_classes": state["num_classes"],
+            "num_classes": None if state["num_classes"] == 1 else state["num_classes"],
             "sidekick_transform": sidekick_transform,
             "logits_fn": logits_fn,
             "batch_fn": batch_fn,
@@ -125,9 +127,10 @@ class Saved(NamedTuple):
 
     def check_batch_fn(self, given: BatchFn | None) -> None:
         """Raise ValueError if a run that is to read batches lacks its ``batch_fn``."""
-        if given is None and self.state.get("given", {}).get("batch_fn"):
+        if given is None and self.state["given"].get("batch_fn"):
             raise ValueError(
-                f"the run of {self.path} had a batch_fn of your own; pass batch_fn=... with it"
+                f"the run of {self.path} had a batch_fn of your own; pass batch_fn=... (--batch_fn "
+                "MODULE:NAME) with it"
             )
 
     def example(self, samples: int = 2) -> Call | None:
@@ -141,6 +144,12 @@ class Saved(NamedTuple):
         Raises:
             ValueError: If the weights are those of another module, or the class cannot be called.
         """
+        kinds = given if isinstance(given, type) else type(given)
+        if not issubclass(kinds, LightningModule if kinds is given else nn.Module):
+            raise TypeError(
+                "the base must be your LightningModule, its class, or a module like the part of it "
+                f"that its steps call, got {given!r}"
+            )
         if isinstance(given, type):
             return self._made(given), None
         weights: dict[str, Tensor] = self.checkpoint["state_dict"]
@@ -148,10 +157,15 @@ class Saved(NamedTuple):
             given.on_load_checkpoint(self.checkpoint)
             self._load(given, weights, strict=given.strict_loading)
             return given, None
-        readings = [found.reading for found in learnt_of(self.state).values() if found.reading]
-        name = readings[0].module if readings else ""
-        part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(name)}
-        self._load(given, part if name else weights)
+        reading = deployed_reading(learnt_of(self.state))
+        if reading is not None and (reading.whole or self.state["given"].get("logits_fn")):
+            raise ValueError(
+                f"the logits of {self.path} are made by the step or a logits_fn, which no part of "
+                "the base has; pass the LightningModule of that run, or its class"
+            )
+        inside = f"{reading.module}." if reading is not None and reading.module else ""
+        part = {k.removeprefix(inside): v for k, v in weights.items() if k.startswith(inside)}
+        self._load(given, part)
         return LightningModule(), given
 
     def _made(self, cls: type[LightningModule]) -> LightningModule:
@@ -161,9 +175,10 @@ class Saved(NamedTuple):
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{cls.__name__} cannot be made from {self.path} ({type(error).__name__}: "
-                f"{error}); its hyperparameters are in a checkpoint if its __init__ calls "
+                f"{' '.join(str(error).split())[:800]}); is it the class of that run? Its "
+                "hyperparameters are in a checkpoint if its __init__ calls "
                 "self.save_hyperparameters(); else make the module yourself, and pass it instead "
-                "of its class"
+                "of its class (--model with a function that gives it)"
             ) from error
 
     def _load(self, module: nn.Module, weights: dict[str, Tensor], *, strict: bool = True) -> None:
@@ -218,6 +233,12 @@ def duo_of_saved(saved: Saved, base: Base, options: Options) -> DuoModule:
     if called is not None:  # it cannot be told whether all of the base is as it was
         fitted = replace(fitted, weights=(None, *fitted.weights[1:]))
     messages = Messages(options.name)
+    if options.transform_name != state["transform"]:
+        messages.warn(
+            f"the sidekick of {saved.path} saw its inputs through "
+            f"{state['transform'] or 'no transform of yours'}, and is now given "
+            f"{options.transform_name}; leave sidekick_transform out, or pass the one of the run"
+        )
     sidekick = Sidekick.build(
         options,
         state["num_classes"],
@@ -230,6 +251,15 @@ def duo_of_saved(saved: Saved, base: Base, options: Options) -> DuoModule:
     load_weights(sidekick.model, state["sidekick"], (state["name"], options.sidekick_name))
     if "calling" in state:
         sidekick.restore(state["calling"])
+    else:
+        messages.warn(
+            f"{saved.path} was saved by lightning_duo {state['library']}, which did not keep "
+            "whether inputs are resized or normalised for the sidekick, arguments left out, or a "
+            "logits_fn asked; if any was, take the duo from trainer.validate(model, data, "
+            "ckpt_path=...) and callback.module"
+        )
+    _in_precision(saved.checkpoint["state_dict"], called or module)
+    _in_precision(state["sidekick"], sidekick.model)
     run = Run(
         options,
         messages,
@@ -241,3 +271,19 @@ def duo_of_saved(saved: Saved, base: Base, options: Options) -> DuoModule:
     )
     duo = duo_of(run, copy=False, called=called)
     return duo.requires_grad_(False)
+
+
+def _in_precision(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """A model in the one floating-point type that saved weights have, if they have one."""
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+
+
+def _is_name(name: str) -> bool:
+    """Whether a zoo has a model of that name."""
+    try:
+        check_source(name, None)
+    except ValueError:
+        return False
+    return True

@@ -24,6 +24,13 @@ from lightning_duo.tasks import Classes, Labels, Task
 UNKNOWN = -1  # no fingerprint is negative
 
 
+def deployed_reading(learnt: dict[Stage, Learnt]) -> Reading | None:
+    """Of what was learnt of several stages, what a deployed duo needs to know."""
+    stages: tuple[Stage, ...] = ("validation", "test", "training")
+    readings = (learnt[stage].reading for stage in stages if stage in learnt)
+    return next((found for found in readings if found is not None), None)
+
+
 @dataclass
 class Run:
     """What is known of one base and its sidekick, from the first fit to the last test.
@@ -83,9 +90,7 @@ class Run:
     @property
     def reading(self) -> Reading | None:
         """How the base is called and its logits are found, as a deployed duo needs to know it."""
-        stages: tuple[Stage, ...] = ("validation", "test", "training")
-        readings = (self.learnt[stage].reading for stage in stages if stage in self.learnt)
-        return next((found for found in readings if found is not None), None)
+        return deployed_reading(self.learnt)
 
     @property
     def _known(self) -> Reading | None:

@@ -151,7 +151,13 @@ def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(module, weights, options=options)
     else:
-        module.load_state_dict(weights, strict=strict)
+        try:
+            module.load_state_dict(weights, strict=strict)
+        except RuntimeError as error:
+            raise ValueError(
+                f"ckpt_path holds other weights than this {type(module).__name__}; build it as it "
+                f"was when the checkpoint was saved: {' '.join(str(error).split())[:800]}"
+            ) from error
 
 
 def _precision(module: LightningModule) -> float:

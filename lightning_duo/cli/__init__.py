@@ -28,6 +28,23 @@ class _Parser(ArgumentParser):
         return added
 
 
+def _positions_first(words: list[str]) -> list[str]:
+    """Words of a command line, the ones that belong to no option before the others.
+
+    A position that may be missing is taken for missing by the parser if options come before it.
+    """
+    options, positions = [], []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            positions.append(word)
+            continue
+        options.append(word)
+        alone = "=" in word or word in ("-h", "--help") or word.startswith("--print_")
+        options += [] if alone else [value for value in [next(rest, None)] if value is not None]
+    return [*positions, *options]
+
+
 def _say(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Warnings of this library as a line for a user; others, of its dependencies, not at all."""
     if category is UserWarning:
@@ -38,6 +55,8 @@ def main() -> None:
     """Run the command line."""
     warnings.showwarning = _say  # type: ignore[assignment]
     sys.path.insert(0, os.getcwd())  # as `python -m` does, for MODULE:FUNCTION
+    if sys.argv[1:2] == ["export"]:
+        sys.argv = [*sys.argv[:2], *_positions_first(sys.argv[2:])]
     commands = (calibrate, report, sidekick, export, evaluate, bench)
     try:
         if sys.argv[1:2] == ["sidekick"]:
@@ -57,5 +76,9 @@ def main() -> None:
                 "here. 'lightning-duo COMMAND --help' says more."
             ),
         )
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise SystemExit(f"lightning-duo: {error}") from error
+    except Exception as error:
+        # The last is Lightning's, which takes seconds to import.
+        known = isinstance(error, ValueError | TypeError | RuntimeError | ImportError | OSError)
+        if known or type(error).__name__ == "MisconfigurationException":
+            raise SystemExit(f"lightning-duo: {error}") from error
+        raise

@@ -130,12 +130,18 @@ def built_in_run(
         option: named(option, spec) if spec and is_function(spec) else spec
         for option, spec in given.items()
     }
-    transform, sidekick = values["sidekick_transform"], values["sidekick"]
+    transform, sidekick = values["sidekick_transform"], given["sidekick"]
     if isinstance(transform, type):
         values["sidekick_transform"] = transform()
-    if callable(sidekick) and not inspect.signature(sidekick).parameters:
-        values["sidekick"] = sidekick()
+    if sidekick is not None and is_function(sidekick):
+        values["sidekick"] = model_maker("sidekick", sidekick)
     return base, saved.options(**values)
+
+
+def model_maker(option: str, spec: str) -> Any:
+    """The function MODULE:NAME of the number of outputs; or what one without arguments gives."""
+    make = named(option, spec)
+    return make if inspect.signature(make).parameters else called(option, spec)
 
 
 def named(option: str, spec: str) -> Any:

@@ -1,12 +1,22 @@
 """`lightning-duo sidekick` and `evaluate`: duos of your LightningModule and your data."""
 
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_duo.cli.options import built_in_run, called, check_numbers, check_outputs, named
+from lightning_duo.cli.options import (
+    built_in_run,
+    called,
+    check_numbers,
+    check_outputs,
+    is_function,
+    model_maker,
+    named,
+)
 
 if TYPE_CHECKING:
     from lightning_duo.callback import Saved
@@ -87,7 +97,8 @@ def _data(spec: str, saved: "Saved") -> Any:
     known = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY in saved.checkpoint
     if isinstance(make, type) and issubclass(make, LightningDataModule) and known:
         trusted: dict[str, Any] = {} if saved.weights_only else {"weights_only": False}
-        return make.load_from_checkpoint(saved.path, **trusted)
+        with suppress(Exception):  # those of another class
+            return make.load_from_checkpoint(saved.path, **trusted)
     found = called("data", spec)
     if not isinstance(found, LightningDataModule | Iterable):
         raise ValueError(
@@ -147,6 +158,14 @@ def sidekick() -> None:
     )
     options = {name: cli.config_init[key] for name, key in cli.options.items()}
     options["weights_only"] = cli.config_init["weights_only"] is not False
+    if isinstance(options["sidekick"], str) and is_function(options["sidekick"]):
+        options["sidekick"] = model_maker("sidekick", options["sidekick"])
+    if options["ckpt_path"] is None:
+        warnings.warn(
+            "there is no --ckpt_path, so the base has the weights that its constructor gives it; "
+            "is it trained?",
+            stacklevel=2,
+        )
     add_sidekick(cli.model, cli.datamodule, trainer=cli.trainer, **options)
     saver: Any = cli.trainer.checkpoint_callback
     path = saver and (saver.best_model_path or saver.last_model_path)
@@ -182,6 +201,22 @@ def _classes(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         elif any("class_path" in part for part in inside):
             before += [f"--{option}", spec.replace(":", ".")]
         else:
-            dotted = spec if ":" in spec else ":".join(spec.rsplit(".", 1))
-            classes[key] = named(option, dotted)
+            classes[key] = _maker(option, spec if ":" in spec else ":".join(spec.rsplit(".", 1)))
     return classes, [*before, *rest]
+
+
+def _maker(option: str, spec: str) -> Any:
+    """The class that MODULE:NAME names, or a function that says what it makes, for LightningCLI.
+
+    A function that does not say it is called without arguments.
+    """
+    make = named(option, spec)
+    if isinstance(make, type) or "return" in getattr(make, "__annotations__", {}):
+        return make
+    found = called(option, spec)
+
+    def made() -> Any:
+        return found
+
+    made.__annotations__["return"] = type(found)
+    return made

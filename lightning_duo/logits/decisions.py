@@ -115,7 +115,7 @@ class Decisions:
 
 
 def _ignoring(task: Task) -> Task:
-    """The same task, which which leaves -100 out too: no class has that number."""
+    """The same task, which leaves -100 out too: no class has that number."""
     if isinstance(task, Classes) and task.ignore_index is None:
         return replace(task, ignore_index=IGNORED)
     return task

@@ -1,5 +1,6 @@
 """From the checkpoint of a run to its duo, without the run's Trainer."""
 
+import copy
 import functools
 import json
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from helpers import make_trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -94,11 +97,13 @@ def saved(
     module: L.LightningModule, folder: Path, sidekick: Any = "resnet10t", **options: Any
 ) -> tuple[Path, DuoCallback]:
     """A checkpoint of a run, with its callback."""
+    flags = ("precision", "num_sanity_val_steps")
+    of_trainer = {name: options.pop(name) for name in flags if name in options}
     options = {"pretrained": False, "probe": 0, "summary": False, **options}
     if not isinstance(sidekick, str):
         del options["pretrained"]
     duo = DuoCallback(sidekick, **options)
-    trainer = make_trainer(duo, max_epochs=1)
+    trainer = make_trainer(duo, max_epochs=1, **of_trainer)
     trainer.fit(module, *loaders())
     trainer.save_checkpoint(folder / "run.ckpt")
     return folder / "run.ckpt", duo
@@ -108,6 +113,8 @@ def same(duo: DuoModule, other: DuoModule, *inputs: Any) -> None:
     x = inputs or (images(seed=2).tensors[0],)
     for mine, theirs in zip(duo(*x), other(*x), strict=True):
         assert torch.equal(mine, theirs)
+    for mine, theirs in zip(duo.member_logits(*x), other.member_logits(*x), strict=True):
+        assert torch.equal(mine, theirs)  # also of a model whose temperature is 0
     assert not duo.training
 
 
@@ -129,12 +136,86 @@ def test_modules_whose_forward_or_step_makes_the_logits(make: type[Base], tmp_pa
     same(DuoModule.from_checkpoint(path, make), run.module, batch if make is Doubled else batch[0])
 
 
+class Labelled(Base):
+    """One logit, with binary cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[4] = nn.Linear(4, 1)
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        target = (batch[1] > 0).float()
+        return F.binary_cross_entropy_with_logits(self.net(batch[0]).squeeze(1), target)
+
+    validation_step = test_step = training_step
+
+
+class Probable(Labelled):
+    """The same with probabilities, as its sidekick gives too."""
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        target = (batch[1] > 0).float()
+        return F.binary_cross_entropy(self.net(batch[0]).squeeze(1).sigmoid(), target)
+
+    validation_step = test_step = training_step
+
+
+class Channels(Base):
+    """Images of two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = nn.Conv2d(2, 4, 3)
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0][:, :2]), batch[1])
+
+    validation_step = test_step = training_step
+
+
+class Averaged(Base):
+    """Validates another part than it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net_ema = copy.deepcopy(self.net)
+
+    def validation_step(self, batch: list, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net_ema(batch[0]), batch[1])
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("make", [Labelled, Channels])
+def test_other_heads_and_inputs(make: type[Base], tmp_path: Path) -> None:
+    path, run = saved(make(), tmp_path)
+    x = images(seed=2).tensors[0]
+    same(DuoModule.from_checkpoint(path, make), run.module, x[:, :2] if make is Channels else x)
+
+
+def test_the_part_that_is_validated_is_the_base(tmp_path: Path) -> None:
+    path, run = saved(Averaged(), tmp_path, num_sanity_val_steps=0)
+    same(DuoModule.from_checkpoint(path, Base().net), run.module)
+
+
+def test_a_run_in_half_precision_stays_in_it(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path, run = saved(Base(), tmp_path, precision="bf16-true")
+    recwarn.clear()
+    duo = DuoModule.from_checkpoint(path, Base)
+    same(duo, run.module, images(seed=2).tensors[0].bfloat16())
+    assert not any("has changed since" in str(warning.message) for warning in recwarn)
+
+
 TRANSFORMS = {
     "resize": v2.Resize(8, antialias=True),
     "nearest": v2.Resize((8, 9), interpolation=InterpolationMode.NEAREST),
     "several": nn.Sequential(v2.CenterCrop(10), v2.Normalize([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])),
     "pool": nn.AvgPool2d(2, stride=1),
     "composed": v2.Compose([v2.Resize([8]), v2.Grayscale(3)]),
+    "numpy": v2.Normalize([np.float64(0.1)] * 3, [np.float64(2.0)] * 3),
+    "nothing": nn.Identity(),
     "dtype": nn.Sequential(v2.ToDtype(torch.float64), v2.ToDtype(torch.float32)),
 }
 
@@ -183,6 +264,12 @@ def hooked() -> nn.Module:
     return pool
 
 
+def hooked_outside() -> nn.Module:
+    both = nn.Sequential(nn.AvgPool2d(2))
+    both.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return both
+
+
 def patched() -> nn.Module:
     pool = nn.AvgPool2d(2)
     pool.forward = halved
@@ -190,17 +277,29 @@ def patched() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "transform", [halved, lambda x: x / 2, Learnt(3), Shifted(8), hooked(), patched()]
+    "transform",
+    [halved, lambda x: x / 2, Learnt(3), Shifted(8), hooked(), hooked_outside(), patched()],
 )
 def test_a_transform_of_the_users_is_asked_for(
     transform: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
     path, run = saved(Base(), tmp_path, sidekick_transform=transform)
-    with pytest.raises(ValueError, match=r"pass sidekick_transform=\.\.\. with it"):
+    with pytest.raises(ValueError, match=r"pass sidekick_transform=\.\.\. .* with it"):
         DuoModule.from_checkpoint(path, Base)
     duo = DuoModule.from_checkpoint(path, Base, sidekick_transform=transform)
     if not isinstance(transform, Learnt):
         same(duo, run.module)
+
+
+def test_another_transform_than_in_the_run_is_said(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for transform in (None, v2.Resize(8)):
+        path, _ = saved(Base(), tmp_path, sidekick_transform=transform)
+        recwarn.clear()
+        DuoModule.from_checkpoint(path, Base, sidekick_transform=v2.Resize(6))
+        said = [str(warning.message) for warning in recwarn]
+        assert any("leave sidekick_transform out, or pass the one of the run" in x for x in said)
 
 
 def test_a_sidekick_of_the_users_is_asked_for(tmp_path: Path) -> None:
@@ -218,9 +317,12 @@ def test_a_logits_fn_is_asked_for(tmp_path: Path) -> None:
         return 2 * module.net(x)
 
     path, run = saved(Base(), tmp_path, logits_fn=twice)
-    with pytest.raises(ValueError, match=r"pass logits_fn=\.\.\. with it"):
+    with pytest.raises(ValueError, match=r"pass logits_fn=\.\.\. .* with it"):
         DuoModule.from_checkpoint(path, Base)
     same(DuoModule.from_checkpoint(path, Base, logits_fn=twice), run.module)
+    path, _ = saved(Base(), tmp_path)
+    with pytest.raises(ValueError, match="had no logits_fn; leave it out"):
+        DuoModule.from_checkpoint(path, Base, logits_fn=twice)
 
 
 def test_one_of_several_duos(tmp_path: Path) -> None:
@@ -242,6 +344,11 @@ def test_wrong_files_and_modules(tmp_path: Path) -> None:
         DuoModule.from_checkpoint(path, Base(5))
     with pytest.raises(ValueError, match=r"other weights than this Linear"):
         DuoModule.from_checkpoint(path, nn.Linear(3, 3))
+    for wrong in (lambda: Plain(4), "Plain", nn.Linear):
+        with pytest.raises(TypeError, match="the base must be your LightningModule, its class"):
+            DuoModule.from_checkpoint(path, wrong)
+    with pytest.raises(ValueError, match=r"DuoModule\.from_checkpoint reads checkpoints"):
+        DuoModule.load(path, nn.Linear(3, 3), nn.Linear(3, 3))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         DuoModule.from_checkpoint(tmp_path / "nothing.ckpt", Base)
     with pytest.raises(ValueError, match="is a folder"):
@@ -259,6 +366,33 @@ def test_wrong_files_and_modules(tmp_path: Path) -> None:
         DuoModule.from_checkpoint(tmp_path / "text.ckpt", Base)
 
 
+def test_a_trained_base_needs_its_module_and_its_data(tmp_path: Path) -> None:
+    class Data(L.LightningDataModule):
+        train_dataloader = val_dataloader = staticmethod(lambda: loaders()[1])
+
+    train, val = loaders()
+    path, _ = saved(Base(4), tmp_path)
+    options = {"sidekick": tiny, "summary": False, "trainer": make_trainer(max_epochs=1)}
+    with pytest.raises(TypeError, match="the base must be a LightningModule, not a class"):
+        add_sidekick(Base, train, val, **options)
+    with pytest.raises(TypeError, match="trainer must be a Trainer"):
+        add_sidekick(Base(), train, val, sidekick=tiny, trainer=L.Trainer)
+    with pytest.raises(MisconfigurationException, match="beside a datamodule, which has its own"):
+        add_sidekick(Base(), Data(), val, **options)
+    with pytest.raises(
+        MisconfigurationException, match=r"no data to learn from; pass add_sidekick"
+    ):
+        add_sidekick(Base(), **options)
+    with pytest.raises(ValueError, match="ckpt_path holds other weights than this Base"):
+        add_sidekick(Base(5), Data(), ckpt_path=str(path), **options)
+
+    class WithData(Base):
+        train_dataloader = val_dataloader = staticmethod(lambda: loaders()[1])
+
+    options["trainer"] = make_trainer(max_epochs=1)
+    assert add_sidekick(WithData(), **options).fit is not None
+
+
 def test_a_checkpoint_without_temperatures(tmp_path: Path) -> None:
     duo = DuoCallback(tiny, summary=False)
     trainer = make_trainer(duo, max_epochs=1, limit_val_batches=0)
@@ -268,8 +402,46 @@ def test_a_checkpoint_without_temperatures(tmp_path: Path) -> None:
         DuoModule.from_checkpoint(tmp_path / "run.ckpt", Base, tiny)
 
 
-class Object:
-    """What no plain checkpoint holds."""
+def test_a_checkpoint_of_an_earlier_version_is_said(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path, run = saved(Base(), tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        for key in ("calling", "given", "named", "example"):
+            state.pop(key, None)
+    torch.save(checkpoint, path)
+    recwarn.clear()
+    same(DuoModule.from_checkpoint(path, Base), run.module)
+    assert any("did not keep whether inputs are resized" in str(w.message) for w in recwarn)
+    for state in checkpoint["callbacks"].values():
+        if "sidekick" in state:
+            state["name"] = "tiny"
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"tiny, is a module of your own; pass sidekick="):
+        DuoModule.from_checkpoint(path, Base)
+
+
+def test_a_part_does_not_stand_for_a_step(tmp_path: Path) -> None:
+    path, _ = saved(Doubled(), tmp_path)
+    with pytest.raises(ValueError, match="made by the step or a logits_fn, which no part"):
+        DuoModule.from_checkpoint(path, Base().net)
+
+
+class Waves(Whole):
+    """Complex inputs, of which no example can be kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.real)
+
+
+def test_any_input_can_be_in_a_run_that_is_saved(tmp_path: Path) -> None:
+    x, y = images().tensors
+    data = DataLoader(TensorDataset(x.to(torch.complex64), y), 16)
+    duo = DuoCallback(tiny, sidekick_transform=lambda x: x.real, summary=False)
+    trainer = make_trainer(duo, max_epochs=1)
+    trainer.fit(Waves(), data, data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
 
 
 def test_a_checkpoint_with_objects_is_read_on_demand(tmp_path: Path) -> None:
@@ -351,13 +523,41 @@ def test_a_duo_may_share_its_weights(tmp_path: Path) -> None:
     shared, copied = run.duo(copy=False), run.duo()
     same(shared, copied)
     assert shared.base is module.net
-    assert all(p.requires_grad for p in module.parameters())  # it can be trained on
+    assert not module.net.training
+    assert all(p.requires_grad for p in module.parameters())
     assert copied.base is not module.net
     with torch.no_grad():
         module.net[4].bias += 1
     x = images(seed=2).tensors[0]
     assert torch.equal(shared.base(x), module.net(x))
     assert not torch.equal(copied.base(x), module.net(x))
+
+
+def test_training_goes_on_after_a_duo_shared_the_models() -> None:
+    modes = []
+
+    class Notes(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            modes.append(module.net[1].training)
+
+    module, run = Base(), DuoCallback(tiny, summary=False)
+    for _ in range(2):
+        make_trainer(run, Notes(), max_epochs=1).fit(module, *loaders())
+        run.duo(copy=False)
+        assert not module.net[1].training
+    assert all(modes)
+
+
+def test_a_trainer_whose_fit_failed_takes_another_sidekick() -> None:
+    class Fails(Base):
+        def validation_step(self, batch: list, batch_idx: int) -> Tensor:
+            raise RuntimeError("no")
+
+    trainer = make_trainer(max_epochs=1)
+    options = {"sidekick": tiny, "trainer": trainer, "summary": False}
+    with pytest.raises(RuntimeError, match="no"):
+        add_sidekick(Fails(), *loaders(), **options)
+    assert add_sidekick(Base(), *loaders(), **options).fit is not None
 
 
 BIG = """

@@ -207,9 +207,26 @@ def test_a_checkpoint_becomes_a_file_that_answers(here: Path) -> None:
     assert duo.threshold > 0
 
 
-def test_the_users_functions_stand_for_classes(here: Path) -> None:
-    done = lightning_duo("export", "run.ckpt", "out.pt2", "--model", "my_project:model")
-    assert done.returncode == 0, done.stderr
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-duo", *map(str, words)])
+    main()
+
+
+def test_the_users_functions_stand_for_classes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_class = ("--model=my_project:Model", "--model.width", 4)
+    for sidekick, module in (
+        ("my_project:tiny", ("--model", "my_project:model")),
+        ("my_project:made", of_class),
+    ):
+        words = ("sidekick", *module, "--data", "my_project:Data", "--sidekick", sidekick)
+        run(monkeypatch, *words, "--trainer.max_epochs", 1, *QUIET)
+        out, err = capsys.readouterr()
+        assert "there is no --ckpt_path" in err
+        checkpoint = out.split("wrote ")[-1].strip()
+        of_run = ("--model", "my_project:model", "--sidekick", sidekick)
+        run(monkeypatch, "export", checkpoint, *of_run, "out.pt2")
     assert torch.export.load("out.pt2").module()(torch.zeros(3, 3, 12, 12))[1].shape == (3,)
 
 
