@@ -63,9 +63,11 @@ def export(
     from lightning_duo.export import SUFFIX, export_duo
     from lightning_duo.nested import mapped
 
-    module: DuoModule
     example: Tensor | Call | None
-    if Path(duo).suffix == ".ckpt":
+    of_run = Path(duo).suffix == ".ckpt"
+    if (base if of_run else model) is not None:
+        raise ValueError("--model is of a checkpoint (*.ckpt), --base of a saved duo; pass one")
+    if of_run:
         given = {"sidekick": sidekick, "sidekick_transform": sidekick_transform}
         given |= {"logits_fn": logits_fn}
         module, example = _of_run(duo, model, name, weights_only, given)

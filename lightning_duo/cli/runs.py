@@ -81,10 +81,13 @@ def evaluate(
     where = "datamodule" if isinstance(source, LightningDataModule) else "dataloaders"
     trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
     trainer.test(module, **{where: source}, ckpt_path=checkpoint, verbose=False, **trusted)
-    calibration, results = callback.calibration, callback.results.get("test")
-    if calibration is None or results is None:
+    calibration = callback.calibration
+    if calibration is None or not callback.results:
         raise ValueError(f"{checkpoint} was saved before the first validation: no temperatures yet")
-    print_summary(results, calibration, data=f"the test data of {data}", balance=callback.balance)
+    for stage, results in callback.results.items():
+        if stage.startswith("test"):  # of several dataloaders each has its own
+            shown = f"the test data of {data}" + stage.removeprefix("test").replace("/", ", ")
+            print_summary(results, calibration, data=shown, balance=callback.balance)
     if report is not None:
         print(f"wrote {callback.write_report(report, resamples=resamples)}")
 
@@ -108,21 +111,11 @@ def _data(spec: str, saved: "Saved") -> Any:
     return found
 
 
-def sidekick() -> None:
-    """Train a sidekick for a trained base.
-
-    Model, data and trainer are named as for LightningCLI, by options or by a --config file of it;
-    the other options are those of DuoCallback.
-    """
+def _cli() -> Any:
+    """LightningCLI with the options of `DuoCallback`."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from lightning_duo.callback import (
-        EPOCHS,
-        DuoCallback,
-        OptimizerFn,
-        SchedulerFn,
-        add_sidekick,
-    )
+    from lightning_duo.callback import DuoCallback, OptimizerFn, SchedulerFn
 
     class SidekickCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -146,9 +139,20 @@ def sidekick() -> None:
             self.options = {name: name for name in [*own, "ckpt_path"]}
             self.options |= {name: f"sidekick_{name}" for name in apart}
 
+    return SidekickCLI
+
+
+def sidekick() -> None:
+    """Train a sidekick for a trained base.
+
+    Model, data and trainer are named as for LightningCLI, by options or by a --config file of it;
+    the other options are those of DuoCallback.
+    """
+    from lightning_duo.callback import EPOCHS, add_sidekick
+
     classes, words = _classes(sys.argv[2:])
     sys.argv = [sys.argv[0], *words]
-    cli = SidekickCLI(
+    cli = _cli()(
         **classes,
         run=False,
         # The base's own may be there too.

@@ -153,9 +153,13 @@ class Labelled(Base):
 class Probable(Labelled):
     """The same with probabilities, as its sidekick gives too."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(nn.Sigmoid())
+
     def training_step(self, batch: list, batch_idx: int) -> Tensor:
         target = (batch[1] > 0).float()
-        return F.binary_cross_entropy(self.net(batch[0]).squeeze(1).sigmoid(), target)
+        return F.binary_cross_entropy(self.net(batch[0]).squeeze(1), target)
 
     validation_step = test_step = training_step
 
@@ -191,6 +195,16 @@ def test_other_heads_and_inputs(make: type[Base], tmp_path: Path) -> None:
     path, run = saved(make(), tmp_path)
     x = images(seed=2).tensors[0]
     same(DuoModule.from_checkpoint(path, make), run.module, x[:, :2] if make is Channels else x)
+
+
+def probable(outputs: int) -> nn.Module:
+    return nn.Sequential(tiny(outputs), nn.Sigmoid())
+
+
+def test_labels_of_which_both_models_give_probabilities(tmp_path: Path) -> None:
+    path, run = saved(Probable(), tmp_path, probable)
+    x = images(seed=2).tensors[0]
+    same(DuoModule.from_checkpoint(path, Probable, probable), run.module, x)
 
 
 def test_the_part_that_is_validated_is_the_base(tmp_path: Path) -> None:

@@ -287,6 +287,8 @@ trainer.save_checkpoint("tokens.ckpt")
         ),
         (("export", "run.ckpt", "--model", "my_project:Modle"), "no attribute 'Modle'"),
         (("export", "run.ckpt", "--model", "my_project"), "is not MODULE:FUNCTION"),
+        (("export", "run.ckpt", "--model", "my_project:Model", "--base", "resnet18"), "pass one"),
+        (("export", "duo.safetensors", "--model", "my_project:Model"), "pass one"),
         (("export", "duo.safetensors"), "needs --base, --sidekick and --input_size"),
         (
             ("export", "run.ckpt", "--model", "my_project:Model", "--sidekick", "resnet18"),
