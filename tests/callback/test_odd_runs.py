@@ -166,7 +166,7 @@ def test_messages_say_which_duo_and_thresholds_are_warned_of_once(
     said = [str(w.message) for w in record if "no threshold" in str(w.message)]
     assert len(said) == 1
     assert said[0].startswith("DuoCallback 'small': ")
-    assert re.search(r"validation set.*, small\b", " ".join(capsys.readouterr().out.split()))
+    assert re.search(r"validation set.*; duo 'small'\)", " ".join(capsys.readouterr().out.split()))
 
 
 def test_the_rest_of_an_epoch_may_be_skipped(tmp_path: Path) -> None:
