@@ -4,7 +4,6 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +99,14 @@ def _data(spec: str, saved: "Saved") -> Any:
     known = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY in saved.checkpoint
     if isinstance(make, type) and issubclass(make, LightningDataModule) and known:
         trusted: dict[str, Any] = {} if saved.weights_only else {"weights_only": False}
-        with suppress(Exception):  # those of another class
+        try:
             return make.load_from_checkpoint(saved.path, **trusted)
+        except Exception as error:  # whatever a user's class says of what another one had saved
+            raise ValueError(
+                f"--data {spec} cannot be made with the hyperparameters of the data that "
+                f"{saved.path} holds ({type(error).__name__}: {error}); name a function without "
+                "arguments that gives the data to judge on, such as my_project:test_data"
+            ) from error
     found = called("data", spec)
     if not isinstance(found, LightningDataModule | Iterable):
         raise ValueError(

@@ -60,6 +60,19 @@ class Model(L.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
+class MovedData(Data):
+    """Its folder of the run is not on this machine; it has another one by default."""
+
+    def __init__(self, batch_size: int = 8):
+        if batch_size == 16:
+            raise FileNotFoundError("no such folder")
+        super().__init__(batch_size)
+
+
+def moved_data():
+    return MovedData()
+
+
 def model():
     return Model(4)
 
@@ -228,6 +241,16 @@ def test_the_users_functions_stand_for_classes(
         of_run = ("--model", "my_project:model", "--sidekick", sidekick)
         run(monkeypatch, "export", checkpoint, *of_run, "out.pt2")
     assert torch.export.load("out.pt2").module()(torch.zeros(3, 3, 12, 12))[1].shape == (3,)
+
+
+def test_other_data_than_the_runs_is_never_taken_without_a_word(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("evaluate", "run.ckpt", "--model", "my_project:Model", "--data")
+    with pytest.raises(SystemExit, match="name a function without arguments that gives the data"):
+        run(monkeypatch, *words, "my_project:MovedData")
+    run(monkeypatch, *words, "my_project:moved_data")
+    assert "my_project:moved_data" in " ".join(capsys.readouterr().out.split())
 
 
 def test_evaluate_judges_on_the_test_data(here: Path) -> None:
